@@ -1,0 +1,198 @@
+//go:build linux && amd64
+
+package memory_test
+
+import (
+	"context"
+	"fmt"
+	"testing"
+
+	"github.com/cryovisor/cryovisor/memory"
+	"golang.org/x/sys/unix"
+)
+
+// A linear source has chunks of one size, one after the other, whose contents
+// cost nothing to make; or nothing but zeros.
+type linear struct {
+	size  uint64
+	chunk []byte // nil: all zero
+}
+
+func (l *linear) Lookup(gpa uint64) (start, length uint64, chunk int64) {
+	if l.chunk == nil {
+		return 0, l.size, -1
+	}
+	n := uint64(len(l.chunk))
+	return gpa / n * n, n, int64(gpa / n)
+}
+
+func (l *linear) Fetch(_ context.Context, chunk int64, install func(uint64, []byte) error) error {
+	return install(uint64(chunk)*uint64(len(l.chunk)), l.chunk)
+}
+
+func (l *linear) Chunks() int64 {
+	if l.chunk == nil {
+		return 0
+	}
+	return int64(l.size) / int64(len(l.chunk))
+}
+
+// benchFaults has a system call touch one byte of each step of a new mapping.
+func benchFaults(b *testing.B, src *linear, step uint64, write bool) {
+	p := []byte{1}
+	var m *memory.Memory
+	var tc *toucher
+	gpa := src.size
+	var spent memory.Stats
+	drop := func() {
+		if m == nil {
+			return
+		}
+		s := m.Stats()
+		spent.Faults += s.Faults
+		spent.FaultTime += s.FaultTime
+		tc.close()
+		m.Close()
+	}
+	for b.Loop() {
+		if gpa >= src.size {
+			b.StopTimer()
+			drop()
+			img, err := memory.NewImage(src.size, src)
+			if err != nil {
+				b.Fatal(err)
+			}
+			m = mapImage(b, img, memory.MapOptions{})
+			img.Close()
+			if tc, err = newToucher(m); err != nil {
+				b.Fatal(err)
+			}
+			gpa = 0
+			b.StartTimer()
+		}
+		var err error
+		if write {
+			err = tc.store(p, gpa)
+		} else {
+			_, err = tc.call(unix.SYS_PWRITE64, gpa, 1)
+		}
+		if err != nil {
+			b.Fatal(err)
+		}
+		gpa += step
+	}
+	drop()
+	b.ReportMetric(float64(spent.FaultTime.Microseconds())/float64(max(1, spent.Faults)), "pager-us/fault")
+}
+
+func BenchmarkFault(b *testing.B) {
+	for _, size := range []uint64{4 << 10, 64 << 10, 256 << 10} {
+		b.Run(fmt.Sprintf("%dKiB", size>>10), func(b *testing.B) {
+			chunk := make([]byte, size)
+			for i := range chunk {
+				chunk[i] = byte(i) | 1
+			}
+			benchFaults(b, &linear{256 * mib, chunk}, size, false)
+		})
+	}
+	b.Run("zero-window", func(b *testing.B) { benchFaults(b, &linear{size: 2 * gib}, mib, false) })
+	b.Run("zero-page", func(b *testing.B) { benchFaults(b, &linear{size: 256 * mib}, page, false) })
+}
+
+func BenchmarkAccess(b *testing.B) {
+	o := &linear{64 * mib, make([]byte, 64<<10)}
+	img := newImageOf(b, o)
+	m := mapImage(b, img, memory.MapOptions{})
+	if err := m.Populate(context.Background()); err != nil {
+		b.Fatal(err)
+	}
+	for _, n := range []int{2, 4096, 65536} {
+		p := make([]byte, n)
+		b.Run(fmt.Sprintf("read-%d", n), func(b *testing.B) {
+			b.SetBytes(int64(n))
+			for b.Loop() {
+				if _, err := m.ReadAt(p, 12*mib); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
+func newImageOf(b *testing.B, src *linear) *memory.Image {
+	img, err := memory.NewImage(src.size, src)
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { img.Close() })
+	return img
+}
+
+// BenchmarkFirstTouch has the kernel write to all pages of a machine that boots.
+func BenchmarkFirstTouch(b *testing.B) {
+	for _, small := range []bool{false, true} {
+		b.Run(fmt.Sprintf("small=%v", small), func(b *testing.B) {
+			b.SetBytes(gib)
+			zero := make([]byte, mib)
+			for b.Loop() {
+				m, err := memory.New(gib, memory.Options{SmallPages: small})
+				if err != nil {
+					b.Fatal(err)
+				}
+				for gpa := int64(0); gpa < gib; gpa += mib {
+					if _, err := m.WriteAt(zero, gpa); err != nil {
+						b.Fatal(err)
+					}
+				}
+				m.Close()
+			}
+		})
+	}
+}
+
+// BenchmarkDirty looks for one written page in a hundred of 1 GiB.
+func BenchmarkDirty(b *testing.B) {
+	m := newCold(b, gib, memory.Options{SmallPages: true})
+	for gpa := int64(0); gpa < gib; gpa += 100 * page {
+		if _, err := m.WriteAt([]byte{1}, gpa); err != nil {
+			b.Fatal(err)
+		}
+	}
+	for b.Loop() {
+		if _, err := m.Dirty(context.Background()); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+// BenchmarkPopulate fills an image of 1 GiB from a source that costs nothing.
+func BenchmarkPopulate(b *testing.B) {
+	b.SetBytes(gib)
+	src := &linear{gib, make([]byte, 256<<10)}
+	for b.Loop() {
+		img, err := memory.NewImage(src.size, src)
+		if err != nil {
+			b.Fatal(err)
+		}
+		if err := img.Populate(context.Background()); err != nil {
+			b.Fatal(err)
+		}
+		img.Close()
+	}
+}
+
+// BenchmarkMap makes and closes the memory of a machine, without touching it.
+func BenchmarkMap(b *testing.B) {
+	for _, size := range []uint64{gib, 16 * gib, 64 * gib} {
+		b.Run(fmt.Sprintf("%dGiB", size/gib), func(b *testing.B) {
+			img := newImageOf(b, &linear{size: size})
+			for b.Loop() {
+				m, err := img.Map(context.Background(), memory.MapOptions{})
+				if err != nil {
+					b.Fatal(err)
+				}
+				m.Close()
+			}
+		})
+	}
+}

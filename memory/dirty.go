@@ -1,0 +1,63 @@
+package memory
+
+import (
+	"context"
+	"errors"
+
+	"github.com/cryovisor/cryovisor/internal/pagemap"
+)
+
+// scanStep is how much memory is looked at between two looks at the context.
+const scanStep = 1 << 30
+
+// Dirty returns the pages written since the memory was made, by the guest or
+// through WriteAt, in ascending order and merged. These are the pages that a
+// snapshot has to store: all that differ from zero for a machine that booted,
+// all that differ from the image for one that resumed.
+//
+// It is exact while the machine is paused, but for this: a page that was
+// written and holds what it held before is in it, and so are up to 511
+// neighbours of a written page where the kernel uses huge pages. Before Linux
+// 6.7, pages of zeros that were only read are in it as well. All of its pages are
+// resident.
+func (m *Memory) Dirty(ctx context.Context) (dirty []Range, err error) {
+	if err := m.enter("scan"); err != nil {
+		return nil, err
+	}
+	defer m.busy.Done()
+	pm, err := pagemap.Open()
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, pm.Close()) }()
+	for _, r := range m.ranges {
+		for gpa := r.GPA; gpa < r.End(); gpa += scanStep {
+			if err := ctx.Err(); err != nil {
+				return nil, err
+			}
+			end := min(gpa+scanStep, r.End())
+			regions, err := pm.Private(m.host(gpa), m.host(end))
+			if err != nil {
+				return nil, err
+			}
+			dirty = m.collect(dirty, regions)
+		}
+	}
+	return dirty, nil
+}
+
+// collect appends regions to dirty, and remembers that they can be touched.
+func (m *Memory) collect(dirty []Range, regions []pagemap.Region) []Range {
+	for _, r := range regions {
+		next := Range{GPA: uint64(r.Start - m.host(0)), Len: uint64(r.End - r.Start)}
+		if m.lazy != nil {
+			m.lazy.own.set(next.GPA/PageSize, next.End()/PageSize)
+		}
+		if n := len(dirty); n > 0 && dirty[n-1].End() == next.GPA {
+			dirty[n-1].Len += next.Len
+			continue
+		}
+		dirty = append(dirty, next)
+	}
+	return dirty
+}

@@ -1,0 +1,137 @@
+//go:build linux && amd64
+
+package memory_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/cryovisor/cryovisor/memory"
+)
+
+// gcChild makes this test binary the child of TestCollectionsDontHang.
+const gcChild = "CRYOVISOR_MEMORY_GC_CHILD"
+
+// gcLimit is far beyond what the children need, which is seconds.
+const gcLimit = 2 * time.Minute
+
+// With one processor for Go code and a garbage collection at any instant,
+// thousands of faults in system calls and thousands of accesses from Go code all
+// come to an end. It runs in a process of its own, because a process that has
+// this deadlock can't even be killed by its own timeout.
+func TestCollectionsDontHang(t *testing.T) {
+	mapImage(t, newImage(t, newOracle(newRand(t), mib)), memory.MapOptions{}) // or skip
+	ctx, cancel := context.WithTimeout(t.Context(), gcLimit)
+	defer cancel()
+	for _, debug := range []string{"", "asyncpreemptoff=1"} {
+		child := exec.CommandContext(ctx, os.Args[0])
+		child.Env = append(os.Environ(), gcChild+"=1", "GOMAXPROCS=1", "GODEBUG="+debug)
+		out, err := child.CombinedOutput()
+		if ctx.Err() != nil {
+			t.Fatalf("GODEBUG=%q: the child hangs: %s", debug, out)
+		}
+		if err != nil {
+			t.Fatalf("GODEBUG=%q: %v: %s", debug, err, out)
+		}
+		t.Logf("GODEBUG=%q: %s", debug, bytes.TrimSpace(out))
+	}
+}
+
+// gcMain is the child: its exit code.
+func gcMain() int {
+	if err := faultAndCollect(); err != nil {
+		fmt.Println(err)
+		return 1
+	}
+	return 0
+}
+
+func faultAndCollect() error {
+	rng := rand.New(rand.NewPCG(7, 7))
+	data := memory.Range{Len: 48 * mib}
+	o := newOracleOf(rng, 1, 1, 64*mib, data)
+	img, err := memory.NewImage(o.size, o)
+	if err != nil {
+		return err
+	}
+	defer img.Close()
+	m, err := img.Map(context.Background(), memory.MapOptions{})
+	if err != nil {
+		return err
+	}
+	defer m.Close()
+
+	var stop atomic.Bool
+	collected := make(chan int)
+	go func() {
+		n := 0
+		for ; !stop.Load(); n++ {
+			runtime.GC()
+		}
+		collected <- n
+	}()
+	err = faultFromEverywhere(rng, m, o, data)
+	stop.Store(true)
+	n := <-collected
+	s := m.Stats()
+	fmt.Printf("%d faults, %d of them woken only, %d chunks, %d collections\n", s.Faults, s.WakeOnly, s.ChunksFetched, n)
+	if err == nil && (s.Faults < 1000 || s.ChunksFetched < 2000 || n < 20) {
+		err = errors.New("that is too little to prove anything")
+	}
+	return err
+}
+
+// faultFromEverywhere has two threads in system calls and two goroutines in the
+// accessor go over two thirds of the pages each, in their own order. One third
+// is for both.
+func faultFromEverywhere(rng *rand.Rand, m *memory.Memory, o *oracle, data memory.Range) error {
+	errs := make([]error, 4)
+	var wg sync.WaitGroup
+	for i := range errs {
+		part := memory.Range{GPA: data.GPA, Len: data.Len / 3 * 2}
+		if i >= 2 {
+			part.GPA += data.Len / 3
+		}
+		pages := pagesOf(rng, []memory.Range{part})
+		wg.Go(func() {
+			tc, err := newToucher(m)
+			if err != nil {
+				errs[i] = err
+				return
+			}
+			defer tc.close()
+			errs[i] = goOver(tc, o, pages, i < 2)
+		})
+	}
+	wg.Wait()
+	return errors.Join(errs...)
+}
+
+func goOver(tc *toucher, o *oracle, pages []uint64, bySystemCall bool) error {
+	for _, gpa := range pages {
+		got := make([]byte, 512) // garbage, for the collector
+		var err error
+		if bySystemCall {
+			got, err = tc.load(gpa, len(got))
+		} else if _, err = tc.m.ReadAt(got, int64(gpa)); err == nil {
+			_, err = tc.m.WriteAt([]byte("device"), int64(gpa+page-6))
+		}
+		if err != nil {
+			return err
+		}
+		if !bytes.Equal(got, o.bytes(gpa, len(got))) {
+			return fmt.Errorf("page %#x is wrong", gpa)
+		}
+	}
+	return nil
+}
