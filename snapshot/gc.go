@@ -1,0 +1,219 @@
+package snapshot
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+)
+
+// Delete removes a snapshot for good: first its manifest, which holds the keys
+// and is overwritten before it is unlinked, then the packs that no other snapshot
+// in the store needs. What descendants share stays, and so do they.
+//
+// A VM that still runs from the snapshot may need its packs: whoever deletes must
+// know that there is none. (Overwriting destroys the keys where the file system
+// writes in place; on a copy-on-write file system or worn flash, old blocks live on.)
+//
+// If another manifest's header can't be read, Delete removes no packs and returns
+// its error, because that manifest might need them; the snapshot itself is gone.
+func (s *Store) Delete(ctx context.Context, id ID) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if _, err := os.Lstat(s.ManifestPath(id)); errors.Is(err, fs.ErrNotExist) {
+		return &FileError{Op: "delete", Path: s.ManifestPath(id), Offset: -1, Err: fmt.Errorf("snapshot %w: %w", ErrNotFound, fs.ErrNotExist)}
+	}
+	unlock, err := s.lock(true)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	// A header that can't be read tells no packs; Collect finds them.
+	entry, headerErr := s.Header(id)
+	if errors.Is(headerErr, ErrNotFound) {
+		return headerErr
+	}
+	if err := s.shredManifest(id); err != nil {
+		return err
+	}
+	if headerErr != nil {
+		return nil
+	}
+	needed, err := s.neededPacks()
+	if err != nil {
+		return fmt.Errorf("snapshot %v is deleted, its packs are left for Collect: %w", id, err)
+	}
+	_, err = s.removePacks(ctx, entry.Packs, needed)
+	return err
+}
+
+// Garbage is what Collect removed.
+type Garbage struct {
+	Packs []ID   `json:"packs"`
+	Bytes uint64 `json:"bytes"`
+	Temps int    `json:"temps"` // temporary files and half-deleted manifests
+}
+
+// Collect removes what processes that died have left: packs that no manifest
+// names, deletions that were begun, and temporary files older than a day. It
+// needs no key. It is safe while other processes write, and removes nothing
+// if the header of any manifest can't be read, for that may name any pack.
+func (s *Store) Collect(ctx context.Context) (Garbage, error) {
+	var g Garbage
+	if _, err := os.Stat(s.dir); errors.Is(err, fs.ErrNotExist) {
+		return g, nil
+	}
+	unlock, err := s.lock(true)
+	if err != nil {
+		return g, err
+	}
+	defer unlock()
+	needed, err := s.neededPacks()
+	if err != nil {
+		return g, err
+	}
+	all, err := listIDs(s.packs(), packExt)
+	if err != nil {
+		return g, err
+	}
+	if g, err = s.removePacks(ctx, all, needed); err != nil {
+		return g, err
+	}
+	for _, dir := range []string{s.packs(), s.manifests()} {
+		n, err := s.removeTemps(dir)
+		g.Temps += n
+		if err != nil {
+			return g, err
+		}
+	}
+	return g, nil
+}
+
+// neededPacks returns the packs that the store's manifests name.
+func (s *Store) neededPacks() (map[ID]bool, error) {
+	entries, err := s.List()
+	if err != nil {
+		return nil, err
+	}
+	needed := make(map[ID]bool)
+	for _, e := range entries {
+		for _, id := range e.Packs {
+			needed[id] = true
+		}
+	}
+	return needed, nil
+}
+
+// removePacks removes those of packs that are not needed.
+func (s *Store) removePacks(ctx context.Context, packs []ID, needed map[ID]bool) (Garbage, error) {
+	var g Garbage
+	for _, id := range packs {
+		if err := ctx.Err(); err != nil {
+			return g, err
+		}
+		path := s.PackPath(id)
+		fi, err := os.Lstat(path)
+		if needed[id] || errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return g, fileError("remove pack", path, err)
+		}
+		if err := s.files.Remove(path); err != nil {
+			return g, fileError("remove pack", path, err)
+		}
+		g.Packs = append(g.Packs, id)
+		g.Bytes += uint64(fi.Size())
+	}
+	if len(g.Packs) == 0 {
+		return g, nil
+	}
+	if err := s.files.SyncDir(s.packs()); err != nil {
+		return g, fileError("sync", s.packs(), err)
+	}
+	return g, nil
+}
+
+// removeTemps removes temporary files that nobody can be using.
+func (s *Store) removeTemps(dir string) (int, error) {
+	names, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return 0, err
+	}
+	n := 0
+	for _, e := range names {
+		path := filepath.Join(dir, e.Name())
+		switch {
+		case strings.HasPrefix(e.Name(), deletedPrefix):
+			err = s.shred(path)
+		case strings.HasPrefix(e.Name(), tempPrefix) && stale(e):
+			err = s.files.Remove(path)
+		default:
+			continue
+		}
+		if err != nil {
+			return n, fileError("remove", path, err)
+		}
+		n++
+	}
+	return n, nil
+}
+
+func stale(e fs.DirEntry) bool {
+	fi, err := e.Info()
+	return err == nil && time.Since(fi.ModTime()) > staleTemp
+}
+
+// shredManifest makes a snapshot disappear, and then its keys. The rename comes
+// first, so that nobody ever sees a manifest that is half overwritten.
+func (s *Store) shredManifest(id ID) error {
+	path := s.ManifestPath(id)
+	doomed := filepath.Join(s.manifests(), deletedPrefix+id.String())
+	if err := os.Rename(path, doomed); err != nil {
+		return fileError("delete", path, err)
+	}
+	if err := s.files.SyncDir(s.manifests()); err != nil {
+		return fileError("sync", s.manifests(), err)
+	}
+	if err := s.shred(doomed); err != nil {
+		return fileError("shred", doomed, err)
+	}
+	return nil
+}
+
+// shred overwrites a file with random bytes, waits until they are on stable
+// storage, and removes it.
+func (s *Store) shred(path string) error {
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	fi, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	noise := make([]byte, 64<<10)
+	for at := int64(0); at < fi.Size(); at += int64(len(noise)) {
+		_, _ = rand.Read(noise) // never fails, by its documentation
+		if _, err := f.WriteAt(noise[:min(int64(len(noise)), fi.Size()-at)], at); err != nil {
+			return err
+		}
+	}
+	if err := f.Sync(); err != nil {
+		return err
+	}
+	if err := f.Close(); err != nil {
+		return err
+	}
+	if err := s.files.Remove(path); err != nil {
+		return err
+	}
+	return s.files.SyncDir(filepath.Dir(path))
+}

@@ -1,0 +1,7 @@
+//go:build !linux
+
+package snapshot
+
+import "errors"
+
+func stageUnnamed(string) (stagedFile, error) { return nil, errors.ErrUnsupported }

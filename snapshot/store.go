@@ -1,0 +1,257 @@
+package snapshot
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+
+	"filippo.io/age"
+)
+
+const (
+	manifestDir = "snapshots"
+	manifestExt = ".cryo"
+	packDir     = "packs"
+	packExt     = ".pack"
+	lockName    = "lock"
+)
+
+// Store is a directory of snapshots:
+//
+//	DIR/snapshots/<id>.cryo   a manifest for each snapshot
+//	DIR/packs/<id>.pack       the packs that they share
+//	DIR/lock                  held while packs are published or removed
+//
+// Its methods may be called from any number of goroutines, and several processes
+// may use one directory. (Where flock(2) does not exist, such as on Windows, only
+// one process at a time may write to or delete from it.) The directories are
+// made with mode 0700 and the files with 0600.
+type Store struct {
+	dir   string
+	files fileSystem
+	local sync.RWMutex // what the lock file is between processes
+}
+
+// OpenStore returns the store in the directory dir. It touches nothing: the
+// directory is made by the first [Store.Create], so that looking for a snapshot
+// in the wrong place leaves nothing behind.
+func OpenStore(dir string) (*Store, error) {
+	abs, err := filepath.Abs(dir)
+	if err != nil {
+		return nil, err
+	}
+	switch fi, err := os.Stat(abs); {
+	case errors.Is(err, fs.ErrNotExist):
+	case err != nil:
+		return nil, err
+	case !fi.IsDir():
+		return nil, fmt.Errorf("%w: store %s is not a directory", ErrInvalid, abs)
+	}
+	return &Store{dir: abs, files: osFiles{}}, nil
+}
+
+// Dir returns the store's directory, as an absolute path.
+func (s *Store) Dir() string { return s.dir }
+
+func (s *Store) manifests() string { return filepath.Join(s.dir, manifestDir) }
+func (s *Store) packs() string     { return filepath.Join(s.dir, packDir) }
+
+// PackPath returns the name of pack id, which need not exist.
+func (s *Store) PackPath(id ID) string { return filepath.Join(s.packs(), id.String()+packExt) }
+
+// ManifestPath returns the name of the manifest of snapshot id, which need not exist.
+func (s *Store) ManifestPath(id ID) string {
+	return filepath.Join(s.manifests(), id.String()+manifestExt)
+}
+
+// Open opens a snapshot with the first of the identities that fits, and
+// authenticates its manifest. Packs are opened when they are needed.
+//
+// Errors: ErrNotFound, ErrKey, ErrCorrupt, ErrFormat, ErrVersion, or what the
+// operating system says. The caller must Close the Reader.
+func (s *Store) Open(ctx context.Context, id ID, identities ...age.Identity) (*Reader, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	path := s.ManifestPath(id)
+	f, err := openManifest(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	r, err := newReader(s, f, id, identities)
+	if err != nil {
+		return nil, fileError("open", path, err)
+	}
+	return r, nil
+}
+
+// openManifest opens a manifest; that there is none is ErrNotFound.
+func openManifest(path string) (*os.File, error) {
+	f, err := os.Open(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, &FileError{Op: "open", Path: path, Offset: -1, Err: fmt.Errorf("snapshot %w: %w", ErrNotFound, fs.ErrNotExist)}
+	}
+	if err != nil {
+		return nil, fileError("open", path, err)
+	}
+	return f, nil
+}
+
+// fileError wraps err in a FileError, with the offset that a ParseError knows.
+func fileError(op, path string, err error) error {
+	off := int64(-1)
+	if pe := (*ParseError)(nil); errors.As(err, &pe) && pe.Part == "header" {
+		off = pe.Offset
+	}
+	return &FileError{Op: op, Path: path, Offset: off, Err: err}
+}
+
+// Entry is a snapshot as it lies in a store.
+type Entry struct {
+	Header
+	Path          string `json:"path"`           // of the manifest
+	ManifestBytes uint64 `json:"manifest_bytes"` // its size
+}
+
+// StoredBytes is what the snapshot itself takes on disk, without its ancestors' packs.
+func (e Entry) StoredBytes() uint64 { return e.ManifestBytes + e.PackBytes }
+
+// Header returns what anybody may know of a snapshot, without a key and
+// therefore unauthenticated. Errors: ErrNotFound, ErrCorrupt, ErrFormat, ErrVersion.
+func (s *Store) Header(id ID) (Entry, error) {
+	path := s.ManifestPath(id)
+	f, err := openManifest(path)
+	if err != nil {
+		return Entry{}, err
+	}
+	defer f.Close()
+	h, _, err := readHeader(f)
+	if err == nil && h.ID != id {
+		err = parseError(ErrCorrupt, "header", 20, "is that of snapshot %v", h.ID)
+	}
+	if err != nil {
+		return Entry{}, fileError("read", path, err)
+	}
+	fi, err := f.Stat()
+	if err != nil {
+		return Entry{}, fileError("read", path, err)
+	}
+	return Entry{Header: *h, Path: path, ManifestBytes: uint64(fi.Size())}, nil
+}
+
+// List returns all snapshots, in the order of their ids. Manifests whose header
+// can't be read are left out of the list and joined into the error, so that both
+// results are of use together.
+func (s *Store) List() ([]Entry, error) {
+	ids, err := listIDs(s.manifests(), manifestExt)
+	if err != nil {
+		return nil, err
+	}
+	var entries []Entry
+	var errs []error
+	for _, id := range ids {
+		e, err := s.Header(id)
+		if errors.Is(err, ErrNotFound) {
+			continue // deleted meanwhile
+		}
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		entries = append(entries, e)
+	}
+	return entries, errors.Join(errs...)
+}
+
+// listIDs returns the ids of the files in dir that are named by id and ext, ascending.
+func listIDs(dir, ext string) ([]ID, error) {
+	names, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	var ids []ID
+	for _, n := range names { // sorted by name, hence by id
+		base, ok := strings.CutSuffix(n.Name(), ext)
+		if !ok {
+			continue
+		}
+		if id, err := ParseID(base); err == nil {
+			ids = append(ids, id)
+		}
+	}
+	return ids, nil
+}
+
+// makeDirs makes the store's directories, durably.
+func (s *Store) makeDirs() error {
+	for _, dir := range []string{s.dir, s.packs(), s.manifests()} {
+		if _, err := os.Stat(dir); err == nil {
+			continue
+		}
+		if err := os.MkdirAll(dir, dirMode); err != nil {
+			return fileError("make", dir, err)
+		}
+		if err := s.files.SyncDir(filepath.Dir(dir)); err != nil {
+			return fileError("sync", filepath.Dir(dir), err)
+		}
+	}
+	return nil
+}
+
+// lock takes the store's lock: shared while a Writer publishes packs and the
+// manifest that names them, exclusive while packs are removed.
+func (s *Store) lock(exclusive bool) (unlock func(), err error) {
+	path := filepath.Join(s.dir, lockName)
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, fileMode)
+	if err != nil {
+		return nil, fileError("lock", path, err)
+	}
+	release := s.local.RUnlock
+	if exclusive {
+		s.local.Lock()
+		release = s.local.Unlock
+	} else {
+		s.local.RLock()
+	}
+	if err := lockFile(f, exclusive); err != nil {
+		release()
+		f.Close()
+		return nil, fileError("lock", path, err)
+	}
+	return func() {
+		f.Close()
+		release()
+	}, nil
+}
+
+// Find returns the one snapshot whose id starts with prefix. Errors: ErrNotFound,
+// or ErrInvalid if there are several.
+func (s *Store) Find(prefix string) (ID, error) {
+	ids, err := listIDs(s.manifests(), manifestExt)
+	if err != nil {
+		return ID{}, err
+	}
+	var found []ID
+	for _, id := range ids {
+		if strings.HasPrefix(id.String(), prefix) {
+			found = append(found, id)
+		}
+	}
+	switch len(found) {
+	case 0:
+		return ID{}, fmt.Errorf("snapshot %q in %s: %w", prefix, s.dir, ErrNotFound)
+	case 1:
+		return found[0], nil
+	default:
+		return ID{}, fmt.Errorf("%w: %d snapshots start with %q", ErrInvalid, len(found), prefix)
+	}
+}
