@@ -1,0 +1,226 @@
+//go:build linux && amd64
+
+package vmm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/cryovisor/cryovisor/internal/kvm"
+	"github.com/cryovisor/cryovisor/internal/serial"
+	"github.com/cryovisor/cryovisor/memory"
+)
+
+// The serial port in a State. The version is of the section; the encoding in it
+// has one of its own.
+const (
+	deviceSerial  = "serial0"
+	serialVersion = 1
+)
+
+// consoleGrace is how long Close waits for the console's writer to take what the
+// guest has written.
+const consoleGrace = time.Second
+
+// Guest physical addresses for KVM's own use on Intel processors, in the 32-bit
+// hole, where RAM and devices never are.
+const (
+	identityMapGPA = 0xfffbc000
+	tssGPA         = 0xfffbd000
+)
+
+// VM is a virtual machine. New and Restore make it; Close gives it back.
+type VM struct {
+	sys    *kvm.System
+	kvm    *kvm.VM
+	mem    *memory.Memory
+	vcpus  []*vcpu
+	pio    bus
+	mmio   bus
+	serial *serial.UART
+	hw     Hardware
+
+	mu      sync.Mutex // held by the calls that change phase, and while they take
+	phase   phase
+	stopped <-chan struct{} // closed when no vCPU runs the guest any more
+
+	ended   chan struct{} // closed when the guest has ended
+	endOnce sync.Once
+	exit    error // why; set before ended is closed
+
+	life      context.Context // ends when Close begins
+	quit      context.CancelFunc
+	stopInput func() // returns when the console's input is no longer read; nil if it is not
+}
+
+// New makes a machine and loads what it is to boot. It does not run before
+// Start.
+func New(cfg Config) (*VM, error) {
+	if err := cfg.check(); err != nil {
+		return nil, err
+	}
+	if err := checkHostMemory(cfg.MemoryBytes, cfg.AllowOvercommit); err != nil {
+		return nil, err
+	}
+	mem, err := memory.New(cfg.MemoryBytes, memory.Options{})
+	if err != nil {
+		return nil, err
+	}
+	vm, err := newVM(mem, cfg.VCPUs, cfg.Hardware)
+	if err != nil {
+		return nil, errors.Join(err, mem.Close())
+	}
+	if err := vm.boot(cfg.Boot); err != nil {
+		return nil, errors.Join(err, vm.release(), mem.Close())
+	}
+	vm.begin()
+	return vm, nil
+}
+
+// newVM makes a machine without state. It takes mem only if it succeeds.
+func newVM(mem *memory.Memory, vcpus int, hw Hardware) (*VM, error) {
+	sys, err := openKVM(kvm.DevicePath)
+	if err != nil {
+		return nil, err
+	}
+	vm := &VM{sys: sys, mem: mem, hw: hw, ended: make(chan struct{})}
+	vm.life, vm.quit = context.WithCancel(context.Background())
+	if err := vm.build(vcpus); err != nil {
+		return nil, errors.Join(err, vm.release())
+	}
+	return vm, nil
+}
+
+func (vm *VM) build(vcpus int) error {
+	var err error
+	if vm.kvm, err = vm.sys.CreateVM(); err != nil {
+		return err
+	}
+	if err := vm.createKernelDevices(); err != nil {
+		return err
+	}
+	for slot, r := range vm.mem.Ranges() {
+		if err := vm.kvm.SetUserMemoryRegion(uint32(slot), 0, r.GPA, r.Len, vm.mem.HostAddr(r.GPA)); err != nil {
+			return err
+		}
+	}
+	if err := vm.createDevices(); err != nil {
+		return err
+	}
+	for id := range vcpus {
+		c, err := vm.newVCPU(id)
+		if err != nil {
+			return err
+		}
+		vm.vcpus = append(vm.vcpus, c)
+	}
+	return nil
+}
+
+// createKernelDevices creates what KVM emulates in the kernel. The interrupt
+// controllers must be there before the timer and the vCPUs.
+func (vm *VM) createKernelDevices() error {
+	if err := vm.kvm.SetIdentityMapAddr(identityMapGPA); err != nil {
+		return err
+	}
+	if err := vm.kvm.SetTSSAddr(tssGPA); err != nil {
+		return err
+	}
+	if err := vm.kvm.CreateIRQChip(); err != nil {
+		return err
+	}
+	return vm.kvm.CreatePIT2(kvm.PITSpeakerDummy)
+}
+
+func (vm *VM) createDevices() error {
+	vm.serial = serial.New(serial.Config{
+		Out: vm.hw.Console.Out,
+		IRQ: func(level bool) error { return vm.kvm.IRQLine(serial.COM1IRQ, level) },
+	})
+	for _, d := range []struct {
+		name        string
+		first, last uint64
+		dev         ioDevice
+	}{
+		{"serial port", serial.COM1, serial.COM1 + serial.Ports - 1, serialPorts{vm.serial}},
+		{"keyboard controller", portKeyboard, portKeyboard + 4, keyboard{}},
+		{"power registers", portSleep, portReset, power{}},
+		{"reset register", portResetCtl, portResetCtl, resetControl{}},
+	} {
+		if err := vm.pio.add(d.name, d.first, d.last, d.dev); err != nil {
+			return err
+		}
+	}
+	for _, p := range vm.hw.Ports {
+		if p.Device == nil {
+			return fmt.Errorf("%w: ports %#x-%#x have no device", ErrConfig, p.First, p.Last)
+		}
+		if err := vm.pio.add("embedder's ports", uint64(p.First), uint64(p.Last), embedderPorts{p.First, p.Device}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// begin connects a complete machine to its surroundings.
+func (vm *VM) begin() {
+	// Called before a vCPU that waits for the page is let go, so that no
+	// instruction runs on after the one that needs it.
+	vm.mem.OnFail(func(err error) {
+		vm.end(&ExitError{Kind: ErrGuestMemory, VCPU: -1, Cause: err})
+	})
+	vm.startBlockingInput()
+}
+
+// Memory returns the guest's memory. It belongs to the VM and is valid until
+// Close.
+func (vm *VM) Memory() *memory.Memory { return vm.mem }
+
+// VCPUs returns how many vCPUs the VM has.
+func (vm *VM) VCPUs() int { return len(vm.vcpus) }
+
+// Close ends the VM if it runs and gives everything back: when it returns, no
+// goroutine (but one in a Read or Write of the console that can't be interrupted),
+// file descriptor or mapping of the VM is left. A Pause under way returns. Close
+// may be called more than once.
+func (vm *VM) Close() error {
+	// Before the lock, which a Pause holds while it waits for a page that a vCPU
+	// needs, or for the console.
+	vm.end(ErrClosed)
+	vm.quit()
+	vm.mem.Fail(ErrClosed)
+	vm.mu.Lock()
+	defer vm.mu.Unlock()
+	if vm.phase == phaseClosed {
+		return nil
+	}
+	if vm.stopped != nil {
+		<-vm.stopped
+	}
+	vm.phase = phaseClosed
+	vm.endInput()
+	return errors.Join(vm.release(), vm.mem.Close())
+}
+
+// release gives back everything but the memory. No vCPU runs.
+func (vm *VM) release() error {
+	var errs []error
+	for _, c := range vm.vcpus {
+		close(c.cmds)
+		<-c.dead
+	}
+	vm.quit()
+	if vm.serial != nil {
+		ctx, cancel := context.WithTimeout(context.Background(), consoleGrace)
+		// An error is about the console, whose output nobody may be reading.
+		_ = vm.serial.Close(ctx)
+		cancel()
+	}
+	if vm.kvm != nil {
+		errs = append(errs, vm.kvm.Close())
+	}
+	return errors.Join(append(errs, vm.sys.Close())...)
+}
