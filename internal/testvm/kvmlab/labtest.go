@@ -1,0 +1,142 @@
+//go:build linux && amd64
+
+package kvmlab
+
+import (
+	"bytes"
+	"context"
+	"flag"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+)
+
+// spareTime is left of a time limit for the test in the lab to print its goroutines, and for the
+// test outside to report.
+const spareTime = 10 * time.Second
+
+// RunTest runs the body of a test where guests can be real: right here if /dev/kvm is backed by
+// VT-x or SVM (the lab included), otherwise in the lab, by running the same test of the same test
+// binary there; output goes to the log of the test, and a test that fails or skips there fails or
+// skips here. If the lab is not available either, the test skips and says what is missing.
+//
+// RunTest is the first thing that a top-level test does, and by convention such tests are named
+// TestLinux...: it is the call that starts the test anew in the lab. A subtest chosen by -run is
+// chosen there too. Files that the body needs, testdata included, must be in cfg.Files; the
+// package's own directory is not in the lab.
+func RunTest(t *testing.T, cfg Config, body func(t *testing.T)) {
+	t.Helper()
+	if Inside() || Direct() {
+		body(t)
+		return
+	}
+	if err := Available(); err != nil {
+		t.Skip(err)
+	}
+	if strings.Contains(t.Name(), "/") {
+		t.Fatalf("kvmlab.RunTest is for top-level tests, not for %s", t.Name())
+	}
+	binary, err := staticTestBinary(t.Context(), t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if cfg.TimeLimit == 0 {
+		cfg.TimeLimit = DefaultTestTimeLimit
+	}
+	if deadline, ok := t.Deadline(); ok {
+		cfg.TimeLimit = min(cfg.TimeLimit, time.Until(deadline)-spareTime)
+	}
+	log := &testLog{name: t.Name(), log: t.Log}
+	cfg.Binary, cfg.Args, cfg.Stdout, cfg.Stderr = binary, testArgs(t.Name(), runFlag(), cfg.TimeLimit), log, nil
+	code, err := Run(t.Context(), cfg)
+	log.flush()
+	switch {
+	case err != nil:
+		t.Fatal(err)
+	case code != 0:
+		t.Fatalf("%s failed in the KVM lab with exit code %d", t.Name(), code)
+	case log.skipped:
+		t.Skip("skipped in the KVM lab")
+	case !log.passed:
+		t.Fatalf("%s did not run in the KVM lab", t.Name())
+	}
+}
+
+// staticTestBinary returns the path of this test binary, or of one compiled in dir if this one is
+// linked dynamically, as with -race. The working directory of a test is that of its package.
+func staticTestBinary(ctx context.Context, dir string) (string, error) {
+	binary, err := os.Executable()
+	if err != nil {
+		return "", fmt.Errorf("KVM lab: test binary: %w", err)
+	}
+	static, err := isStatic(binary)
+	if err != nil {
+		return "", fmt.Errorf("KVM lab: test binary: %w", err)
+	}
+	if static {
+		return binary, nil
+	}
+	binary = filepath.Join(dir, filepath.Base(binary))
+	return binary, goBuild(ctx, "test", "-c", "-o", binary, ".")
+}
+
+// runFlag is the value of this test binary's -run.
+func runFlag() string {
+	if f := flag.Lookup("test.run"); f != nil {
+		return f.Value.String()
+	}
+	return ""
+}
+
+// testArgs are the flags of a test binary that run one test in the lab, and of its subtests those
+// that the -run flag here chooses. Its time limit leaves it time to print its goroutines.
+func testArgs(name, runHere string, limit time.Duration) []string {
+	run := "^" + regexp.QuoteMeta(name) + "$"
+	if _, sub, ok := strings.Cut(runHere, "/"); ok {
+		run += "/" + sub
+	}
+	args := []string{"-test.v", "-test.run=" + run, "-test.timeout=" + max(limit-spareTime, limit/2).String()}
+	if testing.Short() {
+		args = append(args, "-test.short")
+	}
+	return args
+}
+
+// testLog passes the output of a test binary to the log of a test, line by line, and notes how
+// the test in it ended.
+type testLog struct {
+	name            string
+	log             func(...any)
+	partial         []byte
+	passed, skipped bool
+}
+
+func (l *testLog) Write(p []byte) (int, error) {
+	l.partial = append(l.partial, p...)
+	for {
+		line, rest, ok := bytes.Cut(l.partial, []byte("\n"))
+		if !ok {
+			return len(p), nil
+		}
+		l.line(string(line))
+		l.partial = rest
+	}
+}
+
+// flush logs a last line that has no end.
+func (l *testLog) flush() {
+	if len(l.partial) > 0 {
+		l.line(string(l.partial))
+		l.partial = nil
+	}
+}
+
+func (l *testLog) line(line string) {
+	l.log(line)
+	l.passed = l.passed || strings.HasPrefix(line, "--- PASS: "+l.name+" ")
+	l.skipped = l.skipped || strings.HasPrefix(line, "--- SKIP: "+l.name+" ")
+}

@@ -1,0 +1,78 @@
+package linuxvm
+
+import (
+	"fmt"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/cryovisor/cryovisor/internal/testvm/kvmlab"
+)
+
+// TestLinuxIntegrity pauses a guest in the midst of its work and resumes it in a new process, again and again, and
+// demands that nothing in it shows.
+func TestLinuxIntegrity(t *testing.T) {
+	Run(t, labConfig, func(t *testing.T, lab *Lab) { testIntegrity(t, lab, Options{Kernel: kvmlab.Cloud}, 20) })
+}
+
+func TestLinuxIntegrityGeneric(t *testing.T) {
+	cfg := labConfig
+	cfg.Kernels = []string{kvmlab.Generic}
+	Run(t, cfg, func(t *testing.T, lab *Lab) { testIntegrity(t, lab, Options{Kernel: kvmlab.Generic}, 4) })
+}
+
+func TestLinuxIntegrityTwoVCPUs(t *testing.T) {
+	Run(t, labConfig, func(t *testing.T, lab *Lab) { testIntegrity(t, lab, Options{Kernel: kvmlab.Cloud, VCPUs: 2}, 8) })
+}
+
+var labConfig = kvmlab.Config{Kernels: []string{kvmlab.Cloud}, MemoryMiB: 2048, TimeLimit: 10 * time.Minute}
+
+func testIntegrity(t *testing.T, lab *Lab, opts Options, cycles int) {
+	s := newSaga(t, lab, opts)
+	s.start()
+	s.until("up ")
+	s.order("start")
+	var asked []string
+	for cycle := range cycles {
+		if cycle%5 != 4 { // else: paused as soon as it runs
+			s.steps(1 + uint64(cycle%3))
+		}
+		// Input that is on its way when the guest is paused.
+		s.tell(fmt.Sprintf("echo %d", cycle))
+		asked = append(asked, fmt.Sprintf("done echo %d", cycle))
+		p := s.pause()
+		t.Logf("cycle %d: froze %v, in all %v, %d pages, %d KiB stored", cycle, p.Freeze, p.Total, p.PagesStored, p.StoredBytes>>10)
+		s.job.Eager = cycle%7 == 6
+		s.start()
+	}
+	s.steps(2)
+	s.finish()
+	if !slices.Equal(s.echoes, asked) {
+		t.Errorf("the guest answers %q, want %q", s.echoes, asked)
+	}
+}
+
+// pausedFor is long against what a machine runs between a pause and the next line of its logs.
+const pausedFor = 20 * time.Second
+
+// TestLinuxClock demands that the time in which a guest is paused does not pass for it.
+func TestLinuxClock(t *testing.T) {
+	Run(t, labConfig, func(t *testing.T, lab *Lab) {
+		s := newSaga(t, lab, Options{Kernel: kvmlab.Cloud})
+		s.start()
+		s.until("up ")
+		s.order("start")
+		s.steps(2)
+		s.pause()
+		before := s.mono
+		<-time.After(pausedFor)
+		begin := time.Now()
+		s.start()
+		s.steps(1)
+		ran := time.Since(begin) + time.Second // before the pause, the guest ran on after its last line
+		if passed := time.Duration(s.mono - before); passed <= 0 || passed > ran {
+			t.Errorf("%v have passed for a guest that ran for %v and was paused for %v", passed, ran, pausedFor)
+		}
+		s.finish()
+	})
+}

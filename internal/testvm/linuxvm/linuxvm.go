@@ -1,0 +1,200 @@
+//go:build linux && amd64
+
+package linuxvm
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cryovisor/cryovisor/internal/testvm/kvmlab"
+	"github.com/cryovisor/cryovisor/vmm"
+)
+
+// initFile is the guest program in the lab's working directory.
+const initFile = "guestinit"
+
+// Run runs the body of a top-level test where Linux guests can run, as kvmlab.RunTest does, with the guest program at
+// hand. It needs nothing in cfg but the kernels.
+func Run(t *testing.T, cfg kvmlab.Config, body func(t *testing.T, lab *Lab)) {
+	t.Helper()
+	dir := "."
+	if !kvmlab.Inside() && (kvmlab.Direct() || kvmlab.Available() == nil) {
+		dir = t.TempDir()
+		if err := buildInit(t.Context(), filepath.Join(dir, initFile)); err != nil {
+			t.Fatal(err)
+		}
+		cfg.Files = append(cfg.Files, kvmlab.File{Path: initFile, Source: filepath.Join(dir, initFile)})
+	}
+	kvmlab.RunTest(t, cfg, func(t *testing.T) {
+		init, err := os.ReadFile(filepath.Join(dir, initFile))
+		if err != nil {
+			t.Fatal(err)
+		}
+		body(t, &Lab{dir: dir, init: init})
+	})
+}
+
+// Lab is where Linux guests run, with what they are made of.
+type Lab struct {
+	dir  string // with the guest program
+	init []byte
+}
+
+// cmdline makes a panic a reset at once.
+const cmdline = "console=ttyS0 quiet panic=-1"
+
+// labCmdline is for guests in the lab. Calibrating clocks against an emulated processor takes long, and fails when the
+// machine is busy. QEMU 7.2 runs a guest's XSETBV without an exit, so that KVM does not know its XCR0.
+const labCmdline = "lpj=5200000 tsc=reliable noxsave"
+
+// Options say what to boot.
+type Options struct {
+	Kernel    string      // kvmlab.Cloud or kvmlab.Generic
+	Image     io.ReaderAt // nil: the kernel's bzImage
+	ImageSize int64
+	Modules   []string // of the kernel, loaded by the guest program
+	MemoryMiB int      // 0: 256
+	VCPUs     int      // 0: 1
+	Cmdline   string   // added to the common one
+}
+
+// Config is the machine that boots a kernel with the guest program.
+func (l *Lab) Config(opts Options) (vmm.Config, error) {
+	kernel, err := kvmlab.OpenKernel(opts.Kernel)
+	if err != nil {
+		return vmm.Config{}, err
+	}
+	if opts.Image == nil {
+		image, err := os.ReadFile(kernel.Image)
+		if err != nil {
+			return vmm.Config{}, err
+		}
+		opts.Image, opts.ImageSize = bytes.NewReader(image), int64(len(image))
+	}
+	archive, err := initrd(l.init, kernel, opts.Modules...)
+	if err != nil {
+		return vmm.Config{}, err
+	}
+	if opts.MemoryMiB == 0 {
+		opts.MemoryMiB = 256
+	}
+	line := cmdline
+	if kvmlab.Inside() {
+		line += " " + labCmdline
+	}
+	return vmm.Config{
+		Hardware:    vmm.Hardware{AllowOvercommit: true},
+		MemoryBytes: uint64(opts.MemoryMiB) << 20,
+		VCPUs:       opts.VCPUs,
+		Boot: vmm.Linux{
+			Kernel:  vmm.File{ReaderAt: opts.Image, Size: opts.ImageSize},
+			Initrd:  vmm.File{ReaderAt: bytes.NewReader(archive), Size: int64(len(archive))},
+			Cmdline: line + " " + opts.Cmdline,
+		},
+	}, nil
+}
+
+// bootLimit is the time that a guest has to reach user land: 12 to 18 s in the lab on an idle machine.
+const bootLimit = 2 * time.Minute
+
+// Guest is a running machine and its console.
+type Guest struct {
+	VM      *vmm.VM
+	Console *Console
+	in      *io.PipeWriter
+}
+
+// Boot boots a machine to user land and returns it with what the guest program says of itself. The machine is closed
+// when the test ends.
+func (l *Lab) Boot(t *testing.T, opts Options) (*Guest, string) {
+	t.Helper()
+	cfg, err := l.Config(opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	in, w := io.Pipe()
+	begin := time.Now()
+	g := &Guest{Console: NewConsole(func(line string) { t.Logf("%6.2fs %s", time.Since(begin).Seconds(), line) }), in: w}
+	cfg.Console = vmm.Console{In: in, Out: g.Console}
+	if g.VM, err = vmm.New(cfg); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := errors.Join(g.VM.Close(), w.Close()); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := g.VM.Start(); err != nil {
+		t.Fatal(err)
+	}
+	up, err := g.until(t.Context(), bootLimit, "up ")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return g, up[len(up)-1]
+}
+
+// until waits for a line of the guest program, for the end of the machine, or for the limit.
+func (g *Guest) until(ctx context.Context, limit time.Duration, prefix string) ([]string, error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	timer := time.AfterFunc(limit, func() { cancel(fmt.Errorf("nothing within %v", limit)) })
+	defer timer.Stop()
+	done := make(chan struct{})
+	defer close(done)
+	go func() {
+		select {
+		case <-g.VM.Ended():
+			cancel(g.VM.Wait(ctx))
+		case <-done:
+		}
+	}()
+	return g.Console.Until(ctx, prefix)
+}
+
+// orderLimit is the time that the guest has to obey an order.
+const orderLimit = time.Minute
+
+// Order gives the guest program an order and returns the lines that it says until it is done, the last of them being
+// the answer.
+func (g *Guest) Order(ctx context.Context, order string) ([]string, error) {
+	if _, err := io.WriteString(g.in, order+"\n"); err != nil {
+		return nil, err
+	}
+	return g.until(ctx, orderLimit, "done ")
+}
+
+// bootWarnings end the lines by which a kernel without PCI complains at every boot.
+var bootWarnings = []string{
+	" PCI: System does not support PCI",
+	" PCI: Fatal: No config space access function found",
+}
+
+// slowWarning is said of an interrupt handler that took longer than the time to the next interrupt. In the lab, an
+// emulated processor decrypts and unpacks the pages that the handler touches first after a resume: tens of ms for each
+// chunk.
+const slowWarning = " hrtimer: interrupt took "
+
+// Warnings are the lines in the guest program's answer to the order "warnings" that report a warning of the kernel, or
+// worse, but for those that are no fault of the machine.
+func Warnings(answer []string) []string {
+	return slices.DeleteFunc(slices.Clone(answer), func(line string) bool {
+		return !strings.HasPrefix(line, "kmsg ") || kvmlab.Inside() && strings.Contains(line, slowWarning) ||
+			slices.ContainsFunc(bootWarnings, func(w string) bool { return strings.HasSuffix(line, w) })
+	})
+}
+
+// Tell gives an order that has no answer.
+func (g *Guest) Tell(order string) error {
+	_, err := io.WriteString(g.in, order+"\n")
+	return err
+}

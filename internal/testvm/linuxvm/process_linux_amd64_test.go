@@ -1,0 +1,191 @@
+package linuxvm
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+
+	"filippo.io/age"
+	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
+
+	"github.com/cryovisor/cryovisor/lifecycle"
+	"github.com/cryovisor/cryovisor/snapshot"
+	"github.com/cryovisor/cryovisor/vmm"
+)
+
+// envJob makes this test binary run a machine in place of its tests.
+const envJob = "CRYOVISOR_LINUXVM_JOB"
+
+func TestMain(m *testing.M) {
+	text, isJob := os.LookupEnv(envJob)
+	if !isJob {
+		goleak.VerifyTestMain(m)
+	}
+	if err := runJob(text); err != nil {
+		fmt.Fprintln(os.Stderr, "machine:", err)
+		os.Exit(1)
+	}
+	os.Exit(0)
+}
+
+// job is what a process of one machine does: it boots the machine or resumes it, and pauses it when it is told to. The
+// console is its standard input and output.
+type job struct {
+	Dir      string // of the guest program
+	Store    string
+	Identity string
+	Options  Options     // of a machine to be booted
+	ID       snapshot.ID // of a snapshot to be resumed; zero: boot
+	Eager    bool
+}
+
+// report is what a process says of its machine, a line of JSON each time: that it runs, that it was paused, or that it
+// has ended.
+type report struct {
+	Running bool
+	Paused  *lifecycle.Paused
+	Ended   string
+}
+
+// File descriptors of a process besides the standard ones.
+const (
+	fdOrders  = 3
+	fdReports = 4
+)
+
+func runJob(text string) error {
+	var j job
+	if err := json.Unmarshal([]byte(text), &j); err != nil {
+		return err
+	}
+	reports := json.NewEncoder(os.NewFile(fdReports, "reports"))
+	identity, err := age.ParseX25519Identity(j.Identity)
+	if err != nil {
+		return err
+	}
+	store, err := snapshot.OpenStore(j.Store)
+	if err != nil {
+		return err
+	}
+	m, err := j.machine(store, identity)
+	if err != nil {
+		return err
+	}
+	if err := reports.Encode(report{Running: true}); err != nil {
+		return err
+	}
+	told := make(chan error, 1)
+	go func() {
+		_, err := bufio.NewReader(os.NewFile(fdOrders, "orders")).ReadString('\n')
+		told <- err
+	}()
+	select {
+	case <-m.VM.Ended():
+		return errors.Join(reports.Encode(report{Ended: m.VM.Wait(context.Background()).Error()}), m.Close())
+	case err := <-told:
+		if err != nil {
+			return errors.Join(err, m.Close())
+		}
+	}
+	paused, err := m.Pause(context.Background(), store, lifecycle.PauseOptions{Recipients: []age.Recipient{identity.Recipient()}})
+	if err != nil {
+		return errors.Join(err, m.Close())
+	}
+	return errors.Join(m.Close(), reports.Encode(report{Paused: &paused}))
+}
+
+// machine boots or resumes the machine and sets it going.
+func (j *job) machine(store *snapshot.Store, identity age.Identity) (*lifecycle.Machine, error) {
+	// A reader that can be interrupted takes nothing after the pause, so that all input reaches the guest.
+	if err := unix.SetNonblock(0, true); err != nil {
+		return nil, err
+	}
+	console := vmm.Console{In: os.NewFile(0, "console input"), Out: os.Stdout}
+	if j.ID != (snapshot.ID{}) {
+		m, err := lifecycle.Resume(context.Background(), store, j.ID, lifecycle.ResumeOptions{
+			Identities: []age.Identity{identity}, Hardware: vmm.Hardware{Console: console, AllowOvercommit: true}, Eager: j.Eager,
+		})
+		if err != nil {
+			return nil, err
+		}
+		return m, m.VM.Resume()
+	}
+	init, err := os.ReadFile(filepath.Join(j.Dir, initFile))
+	if err != nil {
+		return nil, err
+	}
+	cfg, err := (&Lab{init: init}).Config(j.Options)
+	if err != nil {
+		return nil, err
+	}
+	cfg.Console = console
+	m, err := lifecycle.Boot(cfg)
+	if err != nil {
+		return nil, err
+	}
+	return m, m.VM.Start()
+}
+
+// process is a process that runs a machine.
+type process struct {
+	cmd     *exec.Cmd
+	orders  *os.File
+	reports *json.Decoder
+	gone    chan struct{} // closed when all of its output has been copied, which is when it has ended
+	files   []*os.File
+}
+
+// startProcess starts a process whose guest's console is input and output. What it has not read of input when it ends is
+// left to the next one.
+func startProcess(ctx context.Context, j job, input *os.File, output io.Writer) (*process, error) {
+	text, err := json.Marshal(j)
+	if err != nil {
+		return nil, err
+	}
+	binary, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	var pipes [3]struct{ r, w *os.File } // output, orders, reports
+	for i := range pipes {
+		if pipes[i].r, pipes[i].w, err = os.Pipe(); err != nil {
+			return nil, err
+		}
+	}
+	p := &process{orders: pipes[1].w, gone: make(chan struct{})}
+	p.files = []*os.File{pipes[0].r, pipes[1].w, pipes[2].r}
+	p.reports = json.NewDecoder(pipes[2].r)
+	p.cmd = exec.CommandContext(ctx, binary)
+	p.cmd.Env = append(os.Environ(), envJob+"="+string(text))
+	p.cmd.Stdin, p.cmd.Stdout, p.cmd.Stderr = input, pipes[0].w, os.Stderr
+	p.cmd.ExtraFiles = []*os.File{pipes[1].r, pipes[2].w}
+	if err := p.cmd.Start(); err != nil {
+		return nil, err
+	}
+	for _, theirs := range []*os.File{pipes[0].w, pipes[1].r, pipes[2].w} {
+		theirs.Close()
+	}
+	go func() {
+		defer close(p.gone)
+		_, _ = io.Copy(output, pipes[0].r) // the end of a pipe is no error
+	}()
+	return p, nil
+}
+
+// end waits for the process and for all that it wrote.
+func (p *process) end() error {
+	err := p.cmd.Wait()
+	<-p.gone
+	for _, f := range p.files {
+		f.Close()
+	}
+	return err
+}
