@@ -1,0 +1,248 @@
+//go:build linux && amd64
+
+package bench
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"runtime"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"filippo.io/age"
+	"golang.org/x/sys/cpu"
+
+	"github.com/cryovisor/cryovisor/internal/testvm"
+	"github.com/cryovisor/cryovisor/lifecycle"
+	"github.com/cryovisor/cryovisor/snapshot"
+	"github.com/cryovisor/cryovisor/vmm"
+)
+
+const (
+	seed = 7
+	// every is how many steps the guest makes from one report to the next.
+	every = 64
+)
+
+var sizes = []uint64{1 << 30, 4 << 30}
+
+// rig is a guest, a key and a store.
+type rig struct {
+	b       *testing.B
+	worker  *testvm.Worker
+	content testvm.Content
+	store   *snapshot.Store
+	key     *age.X25519Identity
+	reports atomic.Int64
+}
+
+func newRig(b *testing.B, ram, workingSet uint64) *rig {
+	b.Helper()
+	if _, err := vmm.Probe(); err != nil {
+		b.Skip(err)
+	}
+	dir := os.Getenv("CRYOVISOR_BENCH_DIR")
+	if dir == "" {
+		dir = "/dev/shm"
+	}
+	dir, err := os.MkdirTemp(dir, "cryovisor-bench-")
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { _ = os.RemoveAll(dir) })
+	r := &rig{b: b}
+	r.worker, err = testvm.NewWorker(testvm.WorkerConfig{
+		Memory: ram, Seed: seed, Every: every, WorkingSet: workingSet, AVX2: cpu.X86.HasAVX2,
+	})
+	r.must(err)
+	program, err := testvm.ProgramCorpus()
+	r.must(err)
+	r.content = testvm.NewCorpus(seed, program)
+	r.store, err = snapshot.OpenStore(dir)
+	r.must(err)
+	r.key, err = age.GenerateX25519Identity()
+	r.must(err)
+	return r
+}
+
+func (r *rig) must(err error) {
+	r.b.Helper()
+	if err != nil {
+		r.b.Fatal(err)
+	}
+}
+
+// boot makes a guest whose memory is loaded, so that the host's first touch of
+// it is not part of what is measured.
+func (r *rig) boot() *lifecycle.Machine {
+	r.b.Helper()
+	d := testvm.NewDevice(r.worker, nil, testvm.NoLimit, func(testvm.Report) { r.reports.Add(1) })
+	m, err := lifecycle.Boot(vmm.Config{
+		MemoryBytes: r.worker.Config().Memory, Boot: r.worker.Image().Program(),
+		Hardware: vmm.Hardware{Ports: []vmm.Ports{d.Ports()}},
+	})
+	r.must(err)
+	mem := m.VM.Memory()
+	r.must(r.worker.Load(r.content, func(gpa uint64, data []byte) error {
+		_, err := mem.WriteAt(data, int64(gpa))
+		return err
+	}))
+	r.must(m.VM.Start())
+	return m
+}
+
+// work lets a running guest make n reports.
+func (r *rig) work(n int64) {
+	for want := r.reports.Load() + n; r.reports.Load() < want; {
+		runtime.Gosched()
+	}
+}
+
+func (r *rig) pause(m *lifecycle.Machine) lifecycle.Paused {
+	r.b.Helper()
+	p, err := m.Pause(context.Background(), r.store, lifecycle.PauseOptions{
+		Recipients: []age.Recipient{r.key.Recipient()},
+	})
+	r.must(err)
+	return p
+}
+
+// firstSign notes a guest's first port access.
+type firstSign struct {
+	vmm.PortDevice
+	once sync.Once
+	seen chan struct{}
+}
+
+func (f *firstSign) In(port uint16, data []byte) {
+	f.once.Do(func() { close(f.seen) })
+	f.PortDevice.In(port, data)
+}
+
+func (f *firstSign) Out(port uint16, data []byte) {
+	f.once.Do(func() { close(f.seen) })
+	f.PortDevice.Out(port, data)
+}
+
+// resume resumes a snapshot and returns how long it took until the guest was
+// entered, and until it gave its first sign.
+func (r *rig) resume(id snapshot.ID, eager bool) (m *lifecycle.Machine, entered, sign time.Duration) {
+	r.b.Helper()
+	d := testvm.NewDevice(r.worker, nil, testvm.NoLimit, func(testvm.Report) { r.reports.Add(1) })
+	ports := d.Ports()
+	f := &firstSign{PortDevice: ports.Device, seen: make(chan struct{})}
+	ports.Device = f
+	began := time.Now()
+	m, err := lifecycle.Resume(context.Background(), r.store, id, lifecycle.ResumeOptions{
+		Identities: []age.Identity{r.key}, Hardware: vmm.Hardware{Ports: []vmm.Ports{ports}}, Eager: eager,
+	})
+	r.must(err)
+	r.must(m.VM.Resume())
+	entered = time.Since(began)
+	<-f.seen
+	return m, entered, time.Since(began)
+}
+
+func gib(bytes uint64) string { return fmt.Sprintf("%dGiB", bytes>>30) }
+
+func percentile(d []time.Duration, p float64) float64 {
+	slices.Sort(d)
+	return float64(d[int(p*float64(len(d)-1))].Microseconds()) / 1000
+}
+
+// BenchmarkPause measures from the call until the snapshot is durable.
+func BenchmarkPause(b *testing.B) {
+	for _, ram := range sizes {
+		b.Run("full/"+gib(ram), func(b *testing.B) {
+			r := newRig(b, ram, 0)
+			m := r.boot()
+			defer m.Close()
+			var total, freeze time.Duration
+			var p lifecycle.Paused
+			for b.Loop() {
+				p = r.pause(m)
+				total, freeze = total+p.Total, freeze+p.Freeze
+				b.StopTimer()
+				r.must(r.store.Delete(context.Background(), p.ID))
+				r.must(m.VM.Resume())
+				r.work(10)
+				b.StartTimer()
+			}
+			n := float64(b.N)
+			b.ReportMetric(total.Seconds()/n/(float64(ram)/(1<<30)), "s/GiB")
+			b.ReportMetric(float64(freeze.Microseconds())/1000/n, "freeze-ms")
+			b.ReportMetric(float64(ram)/float64(p.StoredBytes), "stored-ratio")
+			b.ReportMetric(0, "ns/op")
+		})
+	}
+	b.Run("diff/4GiB", func(b *testing.B) { benchDiff(b, 4<<30, 64<<20) })
+}
+
+// benchDiff measures pauses of a guest that has written about dirty bytes since
+// its resume.
+func benchDiff(b *testing.B, ram, dirty uint64) {
+	r := newRig(b, ram, dirty)
+	m := r.boot()
+	first := r.pause(m)
+	r.must(m.Close())
+	var total, freeze time.Duration
+	var looked uint64
+	for b.Loop() {
+		b.StopTimer()
+		m, _, _ = r.resume(first.ID, false)
+		for touched := uint64(0); touched < dirty*9/10; {
+			r.work(100)
+			ranges, err := m.VM.Memory().Dirty(context.Background())
+			r.must(err)
+			touched = 0
+			for _, g := range ranges {
+				touched += g.Len
+			}
+		}
+		b.StartTimer()
+		p := r.pause(m)
+		b.StopTimer()
+		total, freeze, looked = total+p.Total, freeze+p.Freeze, looked+p.CandidateBytes
+		r.must(m.Close())
+		r.must(r.store.Delete(context.Background(), p.ID))
+		b.StartTimer()
+	}
+	n := float64(b.N)
+	b.ReportMetric(float64(total.Microseconds())/1000/n, "ms")
+	b.ReportMetric(float64(freeze.Microseconds())/1000/n, "freeze-ms")
+	b.ReportMetric(float64(looked)/(1<<20)/n, "dirty-MiB")
+	b.ReportMetric(0, "ns/op")
+}
+
+// BenchmarkResume measures from opening the snapshot: until the guest is entered
+// (enter-ms) and until its first port access, after at most 64 steps of its work
+// on missing memory (first-sign-ms).
+func BenchmarkResume(b *testing.B) {
+	for _, ram := range sizes {
+		for _, eager := range []bool{false, true} {
+			kind := map[bool]string{false: "lazy/", true: "eager/"}[eager]
+			b.Run(kind+gib(ram), func(b *testing.B) {
+				r := newRig(b, ram, 64<<20)
+				m := r.boot()
+				id := r.pause(m).ID
+				r.must(m.Close())
+				var enter, sign []time.Duration
+				for b.Loop() {
+					m, e, s := r.resume(id, eager)
+					enter, sign = append(enter, e), append(sign, s)
+					b.StopTimer()
+					r.must(m.Close())
+					b.StartTimer()
+				}
+				b.ReportMetric(percentile(enter, 0.5), "enter-ms")
+				b.ReportMetric(percentile(sign, 0.5), "first-sign-ms")
+				b.ReportMetric(percentile(sign, 0.99), "p99-ms")
+				b.ReportMetric(0, "ns/op")
+			})
+		}
+	}
+}

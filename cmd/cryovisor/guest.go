@@ -1,0 +1,293 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+
+	"github.com/cryovisor/cryovisor/lifecycle"
+	"github.com/cryovisor/cryovisor/snapshot"
+	"github.com/cryovisor/cryovisor/vmm"
+)
+
+// The console's escape: Ctrl-] and then a key.
+const escapeKey = 0x1d
+
+const consoleHelp = `The guest's first serial port is this terminal. Ctrl-] begins a command: p pauses
+the guest to a snapshot and ends, q ends without one, Ctrl-] sends itself. SIGTERM and
+SIGUSR1 pause to a snapshot too; SIGINT and SIGHUP end the guest without one.`
+
+// guestFlags are the flags of verbs that run a guest in the foreground.
+type guestFlags struct {
+	store storeFlag
+	keys  keyFlags
+}
+
+func (g *guestFlags) add(cmd *cobra.Command) {
+	g.store.add(cmd)
+	g.keys.addIdentity(cmd)
+	g.keys.addRecipients(cmd)
+}
+
+// foreground runs a machine whose console is the terminal until the guest ends,
+// or the user pauses it or quits.
+type foreground struct {
+	cmd     *cobra.Command
+	flags   *guestFlags
+	console *console
+}
+
+// newForeground takes the terminal. The caller calls restore.
+func newForeground(cmd *cobra.Command, flags *guestFlags) (*foreground, func(), error) {
+	if _, err := flags.keys.encryptTo(); err != nil {
+		return nil, nil, fmt.Errorf("a pause will need a key: %w", err)
+	}
+	c, err := newConsole(cmd.InOrStdin())
+	if err != nil {
+		return nil, nil, err
+	}
+	return &foreground{cmd: cmd, flags: flags, console: c}, c.restore, nil
+}
+
+func (f *foreground) hardware() vmm.Hardware {
+	return vmm.Hardware{Console: vmm.Console{In: f.console, Out: f.cmd.OutOrStdout()}}
+}
+
+// run waits for the end of a guest that is running.
+func (f *foreground) run(ctx context.Context, m *lifecycle.Machine) error {
+	pause := make(chan os.Signal, 1)
+	signal.Notify(pause, syscall.SIGTERM, userSignal)
+	defer signal.Stop(pause)
+	for {
+		select {
+		case <-m.VM.Ended():
+			return f.ended(m.VM.Wait(ctx))
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-pause:
+		case key := <-f.console.commands:
+			if key == 'q' {
+				f.say("ended without a snapshot")
+				return nil
+			}
+		}
+		err := f.pause(ctx, m)
+		if err == nil {
+			return nil
+		}
+		f.say("the guest runs on: %v", err)
+	}
+}
+
+// pause stores the guest. On an error it runs on.
+func (f *foreground) pause(ctx context.Context, m *lifecycle.Machine) error {
+	to, err := f.flags.keys.encryptTo()
+	if err != nil {
+		return err
+	}
+	store, err := f.flags.store.open()
+	if err != nil {
+		return err
+	}
+	bar := newProgress(f.cmd.ErrOrStderr(), "pausing")
+	p, err := m.Pause(ctx, store, lifecycle.PauseOptions{Recipients: to, Progress: bar.update})
+	bar.finish()
+	if err != nil {
+		return err
+	}
+	f.say("paused in %.2f s to %s", p.Total.Seconds(), store.ManifestPath(p.ID))
+	f.console.restore()
+	fmt.Fprintln(f.cmd.OutOrStdout(), p.ID)
+	return nil
+}
+
+func (f *foreground) ended(err error) error {
+	if errors.Is(err, vmm.ErrPowerOff) {
+		f.say("%v", err)
+		return nil
+	}
+	return err
+}
+
+// say writes a line of our own on a terminal that may be in raw mode.
+func (f *foreground) say(format string, args ...any) {
+	fmt.Fprintf(f.cmd.ErrOrStderr(), "\r\ncryovisor: "+format+"\r\n", args...)
+}
+
+// console reads the terminal for the guest and takes the commands out.
+type console struct {
+	in       io.Reader
+	fd       int
+	state    *term.State // to go back to; nil if in is no terminal
+	escaped  bool
+	commands chan byte
+}
+
+func newConsole(in io.Reader) (*console, error) {
+	c := &console{in: in, commands: make(chan byte, 1)}
+	f, ok := in.(*os.File)
+	if !ok || !term.IsTerminal(int(f.Fd())) {
+		return c, nil
+	}
+	c.fd = int(f.Fd())
+	state, err := term.MakeRaw(c.fd)
+	if err != nil {
+		return nil, err
+	}
+	c.state = state
+	return c, nil
+}
+
+// restore gives the terminal back. It may be called more than once.
+func (c *console) restore() {
+	if c.state != nil {
+		_ = term.Restore(c.fd, c.state) // nobody is left to be told
+		c.state = nil
+	}
+}
+
+// Read gives the guest what was typed, without the commands.
+func (c *console) Read(p []byte) (int, error) {
+	for {
+		n, err := c.in.Read(p)
+		if c.state != nil {
+			n = c.filter(p[:n])
+		}
+		if n > 0 || err != nil {
+			return n, err
+		}
+	}
+}
+
+// filter takes the escape sequences out of b and returns how much is left.
+func (c *console) filter(b []byte) int {
+	n := 0
+	for _, key := range b {
+		switch {
+		case c.escaped && key != escapeKey:
+			c.escaped = false
+			if key == 'p' || key == 'q' {
+				select {
+				case c.commands <- key:
+				default: // one is waiting already
+				}
+			}
+			continue
+		case !c.escaped && key == escapeKey:
+			c.escaped = true
+			continue
+		}
+		c.escaped = false
+		b[n] = key
+		n++
+	}
+	return n
+}
+
+func newRunCommand() *cobra.Command {
+	var (
+		flags guestFlags
+		boot  bootFlags
+	)
+	cmd := &cobra.Command{
+		Use:   "run",
+		Short: "Boot an image, with its console on the terminal",
+		Long: "Boot a Linux kernel (--kernel: a bzImage or an ELF vmlinux), or a flat 64-bit image\n(--flat).\n\n" +
+			consoleHelp,
+		Example: "  cryovisor run --kernel vmlinuz --initrd initrd.img --memory 512MiB\n" +
+			"  cryovisor run --flat hello.bin --base 0x200000",
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return runGuest(cmd, &flags, &boot)
+		},
+	}
+	boot.add(cmd)
+	flags.add(cmd)
+	return cmd
+}
+
+func runGuest(cmd *cobra.Command, flags *guestFlags, boot *bootFlags) error {
+	cfg, err := boot.config()
+	if err != nil {
+		return err
+	}
+	defer boot.close()
+	f, restore, err := newForeground(cmd, flags)
+	if err != nil {
+		return err
+	}
+	defer restore()
+	cfg.Hardware = f.hardware()
+	m, err := lifecycle.Boot(cfg)
+	if err != nil {
+		return err
+	}
+	err = m.VM.Start()
+	if err == nil {
+		err = f.run(cmd.Context(), m)
+	}
+	return errors.Join(err, m.Close())
+}
+
+func newResumeCommand() *cobra.Command {
+	var (
+		flags guestFlags
+		eager bool
+	)
+	cmd := &cobra.Command{
+		Use:   "resume SNAPSHOT",
+		Short: "Let a paused guest go on, with its console on the terminal",
+		Long: "Resume a snapshot where it stopped. Memory is read when the guest touches it; the\n" +
+			"store must stay until the guest ends.\n\n" + consoleHelp + "\n\n" +
+			"SNAPSHOT is an id, the beginning of one, or the path of a manifest (*.cryo).",
+		Example: "  cryovisor resume 3f9a",
+		Args:    cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			store, id, err := flags.store.find(args[0])
+			if err != nil {
+				return err
+			}
+			flags.store.dir = store.Dir() // pauses go where the snapshot is: they are diffs of it
+			return resumeGuest(cmd, &flags, store, id, eager)
+		},
+	}
+	flags.add(cmd)
+	cmd.Flags().BoolVar(&eager, "eager", false, "load all of the memory first (works without userfaultfd)")
+	return cmd
+}
+
+func resumeGuest(cmd *cobra.Command, flags *guestFlags, store *snapshot.Store, id snapshot.ID, eager bool) error {
+	ids, err := flags.keys.identities()
+	if err != nil {
+		return err
+	}
+	f, restore, err := newForeground(cmd, flags)
+	if err != nil {
+		return err
+	}
+	defer restore()
+	bar := newProgress(cmd.ErrOrStderr(), "loading")
+	opts := lifecycle.ResumeOptions{Identities: ids, Hardware: f.hardware(), Eager: eager, Progress: bar.update}
+	m, err := lifecycle.Resume(cmd.Context(), store, id, opts)
+	if errors.Is(err, vmm.ErrNoUserfaultfd) {
+		f.say("%v; loading all of the memory first", err)
+		opts.Eager = true
+		m, err = lifecycle.Resume(cmd.Context(), store, id, opts)
+	}
+	bar.finish()
+	if err != nil {
+		return err
+	}
+	err = m.VM.Resume()
+	if err == nil {
+		err = f.run(cmd.Context(), m)
+	}
+	return errors.Join(err, m.Close())
+}
