@@ -5,8 +5,8 @@ import (
 	"sync/atomic"
 )
 
-// A bitmap has one bit for each page of the guest physical address space. Bits
-// are only ever set. Setting one publishes what its setter did before.
+// A bitmap has one bit for each page of the guest physical address space.
+// Setting one publishes what its setter did before.
 type bitmap []atomic.Uint64
 
 func newBitmap(n uint64) bitmap { return make(bitmap, (n+63)/64) }
@@ -18,6 +18,15 @@ func (b bitmap) set(lo, hi uint64) {
 	for lo < hi {
 		n := min(64-lo%64, hi-lo)
 		b[lo/64].Or((^uint64(0) >> (64 - n)) << (lo % 64))
+		lo += n
+	}
+}
+
+// clear clears the bits [lo, hi).
+func (b bitmap) clear(lo, hi uint64) {
+	for lo < hi {
+		n := min(64-lo%64, hi-lo)
+		b[lo/64].And(^((^uint64(0) >> (64 - n)) << (lo % 64)))
 		lo += n
 	}
 }

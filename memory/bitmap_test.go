@@ -14,9 +14,14 @@ func TestBitmap(t *testing.T) {
 		for range rng.IntN(8) {
 			lo := rng.Uint64N(size)
 			hi := lo + rng.Uint64N(size-lo+1)
-			b.set(lo, hi)
+			value := rng.IntN(3) > 0
+			if value {
+				b.set(lo, hi)
+			} else {
+				b.clear(lo, hi)
+			}
 			for i := lo; i < hi; i++ {
-				oracle[i] = true
+				oracle[i] = value
 			}
 		}
 		for i, want := range oracle {

@@ -49,9 +49,11 @@ func TestCollectionsDontHang(t *testing.T) {
 
 // gcMain is the child: its exit code.
 func gcMain() int {
-	if err := faultAndCollect(); err != nil {
-		fmt.Println(err)
-		return 1
+	for _, f := range []func() error{faultAndCollect, discardAndCollect} {
+		if err := f(); err != nil {
+			fmt.Println(err)
+			return 1
+		}
 	}
 	return 0
 }
@@ -71,24 +73,98 @@ func faultAndCollect() error {
 	}
 	defer m.Close()
 
-	var stop atomic.Bool
-	collected := make(chan int)
-	go func() {
-		n := 0
-		for ; !stop.Load(); n++ {
-			runtime.GC()
-		}
-		collected <- n
-	}()
+	stop := repeat(func() error { runtime.GC(); return nil })
 	err = faultFromEverywhere(rng, m, o, data)
-	stop.Store(true)
-	n := <-collected
+	n, _ := stop()
 	s := m.Stats()
 	fmt.Printf("%d faults, %d of them woken only, %d chunks, %d collections\n", s.Faults, s.WakeOnly, s.ChunksFetched, n)
 	if err == nil && (s.Faults < 1000 || s.ChunksFetched < 2000 || n < 20) {
 		err = errors.New("that is too little to prove anything")
 	}
 	return err
+}
+
+// repeat calls f on a goroutine until it fails or stop is called, which says how
+// often that was and why it failed.
+func repeat(f func() error) (stop func() (int, error)) {
+	var end atomic.Bool
+	var err error
+	done := make(chan int)
+	go func() {
+		n := 0
+		for ; err == nil && !end.Load(); n++ {
+			err = f()
+		}
+		done <- n
+	}()
+	return func() (int, error) {
+		end.Store(true)
+		return <-done, err
+	}
+}
+
+// discardAndCollect is the same while pages are taken away, so that each is
+// missing again and again, also between being served and being touched.
+func discardAndCollect() error {
+	rng := rand.New(rand.NewPCG(8, 8))
+	data := memory.Range{Len: 3 * mib}
+	o := newOracleOf(rng, 8, 4, 4*mib, data)
+	img, err := memory.NewImage(o.size, o)
+	if err != nil {
+		return err
+	}
+	defer img.Close()
+	m, err := img.Map(context.Background(), memory.MapOptions{})
+	if err != nil {
+		return err
+	}
+	defer m.Close()
+
+	collect := repeat(func() error { runtime.GC(); return nil })
+	scan := repeat(func() error { _, err := m.Dirty(context.Background()); return err })
+	mine := rand.New(rand.NewPCG(9, 9))
+	var taken atomic.Int64
+	discard := repeat(func() error {
+		taken.Add(1)
+		gpa := mine.Uint64N(data.Len/page) * page
+		runtime.Gosched() // or the others never get on
+		return m.Discard(gpa, min(uint64(1+mine.IntN(256))*page, data.Len-gpa))
+	})
+	// Until there was enough of everything, or the parent loses patience.
+	for err == nil && (taken.Load() < 100 || m.Stats().Faults < 100) {
+		err = faultFromEverywhere(rng, m, o, data)
+	}
+	discards, derr := discard()
+	scans, serr := scan()
+	collections, _ := collect()
+	s := m.Stats()
+	fmt.Printf("%d discards, %d scans, %d faults, %d collections\n", discards, scans, s.Faults, collections)
+	if err = errors.Join(err, derr, serr, discardAll(m, o, data)); err != nil {
+		return err
+	}
+	if scans == 0 || collections == 0 {
+		return errors.New("that is too little to prove anything")
+	}
+	return nil
+}
+
+// discardAll checks that what was discarded is the image again.
+func discardAll(m *memory.Memory, o *oracle, data memory.Range) error {
+	if err := m.Discard(data.GPA, data.Len); err != nil {
+		return err
+	}
+	dirty, err := m.Dirty(context.Background())
+	if err != nil || len(dirty) != 0 {
+		return fmt.Errorf("dirty after all was discarded: %v, %w", dirty, err)
+	}
+	got := make([]byte, data.Len)
+	if _, err := m.ReadAt(got, int64(data.GPA)); err != nil {
+		return err
+	}
+	if !bytes.Equal(got, o.bytes(data.GPA, len(got))) {
+		return errors.New("discarded pages are not those of the image")
+	}
+	return nil
 }
 
 // faultFromEverywhere has two threads in system calls and two goroutines in the

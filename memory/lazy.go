@@ -117,7 +117,7 @@ func (m *Memory) attach(r Range) error {
 // resident, so that Go code may touch it, if the image has it or own says so.
 type lazy struct {
 	fd  *uffd.FD
-	own bitmap // pages mapped here for good: pages of zeros, or written by the machine
+	own bitmap // pages mapped here: pages of zeros, or written by the machine. See resident
 
 	ctx    context.Context // of all fetches for this Memory; ends with Fail and Close
 	cancel context.CancelFunc
@@ -142,6 +142,10 @@ func (l *lazy) close() error {
 }
 
 // resident says whether Go code may touch the page: nothing can block it there.
+// What the image has, it keeps. A page of own can be lost to Discard, which
+// holds mu for writing: so own is set, together with what makes it true, under mu,
+// and whoever touches a page has held mu since it was resident. Without mu the
+// answer is a hint.
 func (m *Memory) resident(page uint64) bool {
 	return m.lazy == nil || m.img.present.get(page) || m.lazy.own.get(page)
 }
@@ -160,8 +164,8 @@ func (m *Memory) missing(gpa, n uint64) bool {
 }
 
 // Resident makes the n bytes at gpa resident: it fetches what is missing. Views
-// and accesses of them then need nothing but memory. The error is that of the
-// first fetch that failed.
+// and accesses of them then need nothing but memory, until they are discarded.
+// The error is that of the first fetch that failed.
 func (m *Memory) Resident(ctx context.Context, gpa uint64, n int) error {
 	if n < 0 || !inRAM(m.ranges, gpa, uint64(n)) {
 		return &RangeError{Op: "fetch", GPA: int64(gpa), Len: n}
@@ -210,6 +214,8 @@ func (m *Memory) serve(ctx context.Context, gpa uint64) (Range, error) {
 // zero maps pages of zeros. They never enter the image: written through a hole
 // of it, each would take a page there and a private one.
 func (m *Memory) zero(run Range) error {
+	m.mu.RLock() // a page that is discarded between its mapping and own would seem resident
+	defer m.mu.RUnlock()
 	pages, err := m.lazy.fd.ZeroPage(m.host(run.GPA), uintptr(run.Len))
 	m.stats.zeroPages.Add(uint64(pages))
 	if err != nil {

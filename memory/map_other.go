@@ -22,6 +22,7 @@ func newImageFile(uint64) (*os.File, error)    { return nil, errUnsupported() }
 func hugeShmem() (bool, error)                 { return false, errUnsupported() }
 func (m *mapping) place(Range, *os.File) error { return errUnsupported() }
 func (m *mapping) advise(Range, bool) error    { return errUnsupported() }
+func (m *mapping) discard(Range) error         { return errUnsupported() }
 func (m *mapping) deny(Range) error            { return errUnsupported() }
 func (m *mapping) base() uintptr               { return 0 }
 func (m *mapping) unmap() error                { return errUnsupported() }

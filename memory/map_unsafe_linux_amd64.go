@@ -68,6 +68,15 @@ func (m *mapping) advise(r Range, huge bool) error {
 	return nil
 }
 
+// discard drops the private pages of r. What is read there next is what lies
+// beneath: zeros, or the image. It does not wait for a missing page.
+func (m *mapping) discard(r Range) error {
+	if err := unix.Madvise(m.mem[r.GPA:r.End()], unix.MADV_DONTNEED); err != nil {
+		return fmt.Errorf("memory: discard %d bytes at GPA %#x: %w", r.Len, r.GPA, err)
+	}
+	return nil
+}
+
 // deny makes r inaccessible: a system call that touches it gets EFAULT.
 func (m *mapping) deny(r Range) error {
 	return unix.Mprotect(m.mem[r.GPA:r.End()], unix.PROT_NONE)

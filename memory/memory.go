@@ -27,8 +27,9 @@ type Memory struct {
 	pagers sync.WaitGroup
 	stats  stats
 
-	// mu is held for reading while Go code copies to or from the mapping, never
-	// while a page is fetched; and for writing by what takes pages away.
+	// mu is held for reading while Go code copies to or from the mapping or notes
+	// that a page is resident, never while a page is fetched; and for writing by
+	// what takes pages away.
 	mu       sync.RWMutex
 	closed   bool
 	poisoned map[uint64]struct{} // pages that can't be had; not accessible
@@ -118,12 +119,13 @@ func (m *Memory) access(op string, p []byte, gpa int64, move func(ram []byte)) (
 		return 0, &RangeError{Op: op, GPA: gpa, Len: len(p)}
 	}
 	m.mu.RLock()
-	if !m.closed && m.missing(uint64(gpa), n) {
+	// Again, if what was made resident has been discarded before mu was held.
+	for !m.closed && m.missing(uint64(gpa), n) {
 		m.mu.RUnlock()
 		if err := m.Resident(context.Background(), uint64(gpa), len(p)); err != nil {
 			return 0, err
 		}
-		m.mu.RLock() // resident once is resident for good
+		m.mu.RLock()
 	}
 	defer m.mu.RUnlock()
 	if m.closed {
@@ -148,7 +150,8 @@ func (m *Memory) enter(op string) error {
 }
 
 // View returns the n bytes at gpa without copying them: a window into RAM, to be
-// read only, while the machine is paused and before Close. It never fetches:
+// read only, while the machine is paused, before Close, and before the next
+// Discard, which takes pages from under it. It never fetches:
 // pages of a lazy mapping that are neither in the image nor reported by Dirty
 // are refused with ErrNotResident.
 func (m *Memory) View(gpa uint64, n int) ([]byte, error) {

@@ -111,7 +111,8 @@ func TestColdAccess(t *testing.T) {
 		_, rerr := m.ReadAt(p, c.gpa)
 		_, werr := m.WriteAt(p, c.gpa)
 		_, verr := m.View(uint64(c.gpa), c.n)
-		for _, err := range []error{rerr, werr, verr} {
+		derr := m.Discard(uint64(c.gpa), uint64(c.n))
+		for _, err := range []error{rerr, werr, verr, derr} {
 			var bad *memory.RangeError
 			if !errors.As(err, &bad) || bad.GPA != c.gpa || bad.Len != c.n {
 				t.Errorf("%d bytes at %#x: %v, want a RangeError", c.n, c.gpa, err)
@@ -131,7 +132,7 @@ func TestClosed(t *testing.T) {
 	_, rerr := m.ReadAt(p, 0)
 	_, werr := m.WriteAt(p, 0)
 	_, verr := m.View(0, 1)
-	for _, err := range []error{rerr, werr, verr} {
+	for _, err := range []error{rerr, werr, verr, m.Discard(0, mib), m.Discard(0, 1)} {
 		if !errors.Is(err, memory.ErrClosed) {
 			t.Errorf("after Close: %v, want ErrClosed", err)
 		}

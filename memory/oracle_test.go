@@ -1,6 +1,7 @@
 package memory_test
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -133,6 +134,50 @@ func (o *oracle) bytes(gpa uint64, n int) []byte {
 		}
 	}
 	return p
+}
+
+// A model is what the memory of one machine has to hold: pages that were written
+// and not discarded since, and what is beneath all others.
+type model struct {
+	beneath func(gpa uint64, n int) []byte
+	written map[uint64][]byte // by address of the page
+}
+
+func newModel(beneath func(gpa uint64, n int) []byte) *model {
+	return &model{beneath, make(map[uint64][]byte)}
+}
+
+// page is what the page at gpa holds.
+func (m *model) page(gpa uint64) []byte {
+	if p := m.written[gpa]; p != nil {
+		return p
+	}
+	return m.beneath(gpa, page)
+}
+
+// write is a write inside of one page.
+func (m *model) write(p []byte, gpa uint64) {
+	at := gpa &^ (page - 1)
+	if m.written[at] == nil {
+		m.written[at] = bytes.Clone(m.beneath(at, page))
+	}
+	copy(m.written[at][gpa-at:], p)
+}
+
+// discard is what Memory.Discard has to do.
+func (m *model) discard(gpa, n uint64) {
+	for at := (gpa + page - 1) / page * page; at+page <= gpa+n; at += page {
+		delete(m.written, at)
+	}
+}
+
+// dirty is the dirty set, as a set of pages.
+func (m *model) dirty() map[uint64]bool {
+	set := make(map[uint64]bool)
+	for gpa := range m.written {
+		set[gpa] = true
+	}
+	return set
 }
 
 // mix is the finalizer of splitmix64.
