@@ -37,6 +37,9 @@ func (vm *VM) bootLinux(l Linux) error {
 	if err := checkInterpreted(vm.sys); err != nil {
 		return err
 	}
+	if err := vm.newGenID(); err != nil {
+		return err
+	}
 	rsdp, err := vm.describe()
 	if err != nil {
 		return err

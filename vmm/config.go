@@ -35,6 +35,18 @@ type Config struct {
 // saved with a State and is given anew at Restore.
 type Hardware struct {
 	Console Console
+	// Disks, NICs and Vsock are the devices that a guest with virtio drivers
+	// finds. A guest that is resumed must be given those that it was booted with, by
+	// name; the order does not matter then.
+	Disks []Disk
+	NICs  []NIC
+	Vsock *Vsock
+	// AdvanceClock lets the guest's clocks move on at Restore by the time that has
+	// passed since the state was taken, so that its wall clock is right: all of
+	// them, the monotonic one too, as if it had been suspended. Without it, that
+	// time does not exist for the guest. It acts on KVM's clock (kvm-clock in
+	// Linux), not on the TSC.
+	AdvanceClock bool
 	// Ports are the embedder's own I/O port devices. They must not overlap each
 	// other or the machine's own ports (see ARCHITECTURE.md).
 	Ports []Ports

@@ -11,6 +11,7 @@ import (
 
 	"github.com/cryovisor/cryovisor/internal/kvm"
 	"github.com/cryovisor/cryovisor/internal/serial"
+	"github.com/cryovisor/cryovisor/internal/virtio/balloon"
 	"github.com/cryovisor/cryovisor/memory"
 )
 
@@ -41,7 +42,11 @@ type VM struct {
 	pio    bus
 	mmio   bus
 	serial *serial.UART
+	virtio []*virtioDevice
+	genID  *genID // nil in a machine that did not boot Linux
 	hw     Hardware
+
+	balloon *balloon.Device // one of virtio, or nil
 
 	mu      sync.Mutex // held by the calls that change phase, and while they take
 	phase   phase
@@ -62,6 +67,11 @@ func New(cfg Config) (*VM, error) {
 	if err := cfg.check(); err != nil {
 		return nil, err
 	}
+	_, isLinux := cfg.Boot.(Linux)
+	devices, err := cfg.roster(isLinux)
+	if err != nil {
+		return nil, err
+	}
 	if err := checkHostMemory(cfg.MemoryBytes, cfg.AllowOvercommit); err != nil {
 		return nil, err
 	}
@@ -69,7 +79,7 @@ func New(cfg Config) (*VM, error) {
 	if err != nil {
 		return nil, err
 	}
-	vm, err := newVM(mem, cfg.VCPUs, cfg.Hardware)
+	vm, err := newVM(mem, cfg.VCPUs, cfg.Hardware, devices)
 	if err != nil {
 		return nil, errors.Join(err, mem.Close())
 	}
@@ -81,20 +91,20 @@ func New(cfg Config) (*VM, error) {
 }
 
 // newVM makes a machine without state. It takes mem only if it succeeds.
-func newVM(mem *memory.Memory, vcpus int, hw Hardware) (*VM, error) {
+func newVM(mem *memory.Memory, vcpus int, hw Hardware, devices []place) (*VM, error) {
 	sys, err := openKVM(kvm.DevicePath)
 	if err != nil {
 		return nil, err
 	}
 	vm := &VM{sys: sys, mem: mem, hw: hw, ended: make(chan struct{})}
 	vm.life, vm.quit = context.WithCancel(context.Background())
-	if err := vm.build(vcpus); err != nil {
+	if err := vm.build(vcpus, devices); err != nil {
 		return nil, errors.Join(err, vm.release())
 	}
 	return vm, nil
 }
 
-func (vm *VM) build(vcpus int) error {
+func (vm *VM) build(vcpus int, devices []place) error {
 	var err error
 	if vm.kvm, err = vm.sys.CreateVM(); err != nil {
 		return err
@@ -108,6 +118,9 @@ func (vm *VM) build(vcpus int) error {
 		}
 	}
 	if err := vm.createDevices(); err != nil {
+		return err
+	}
+	if err := vm.createVirtio(devices); err != nil {
 		return err
 	}
 	for id := range vcpus {
@@ -213,6 +226,7 @@ func (vm *VM) release() error {
 		<-c.dead
 	}
 	vm.quit()
+	errs = append(errs, vm.closeVirtio())
 	if vm.serial != nil {
 		ctx, cancel := context.WithTimeout(context.Background(), consoleGrace)
 		// An error is about the console, whose output nobody may be reading.

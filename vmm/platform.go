@@ -14,10 +14,12 @@ import (
 // memory map has no RAM, and returns the address of their root.
 func (vm *VM) describe() (rsdp uint64, err error) {
 	tables, err := acpi.Build(acpi.Config{
-		CPUs:   len(vm.vcpus),
-		Power:  acpi.Power{SleepControl: portSleep, SleepStatus: portSleepStatus, Reset: portReset},
-		Serial: []acpi.SerialPort{{Port: serial.COM1, GSI: serial.COM1IRQ}},
-	}, boot.ACPIBase, boot.ACPIEnd-boot.ACPIBase)
+		CPUs:    len(vm.vcpus),
+		Power:   acpi.Power{SleepControl: portSleep, SleepStatus: portSleepStatus, Reset: portReset},
+		Serial:  []acpi.SerialPort{{Port: serial.COM1, GSI: serial.COM1IRQ}},
+		Virtio:  vm.acpiVirtio(),
+		VMGenID: &acpi.VMGenID{Addr: vm.genID.addr, GSI: vm.genID.gsi},
+	}, boot.ACPIBase, genIDAddr-boot.ACPIBase)
 	if err != nil {
 		return 0, fmt.Errorf("%w: %w", ErrConfig, err)
 	}

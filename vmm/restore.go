@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -30,8 +31,16 @@ func Restore(state *State, mem *memory.Memory, hw Hardware) (*VM, error) {
 }
 
 // CheckHost says whether this host can run the guest of a state, as Restore
-// does, without building anything: before its memory is loaded, say.
+// does, without building anything: before its memory is loaded, say. ErrConfig
+// says that hw does not have the devices that the guest was booted with.
 func CheckHost(state *State, hw Hardware) error {
+	devices, err := rosterOf(state.Devices)
+	if err != nil {
+		return err
+	}
+	if err := hw.matches(devices); err != nil {
+		return err
+	}
 	if err := checkHostMemory(state.Machine.MemoryBytes, hw.AllowOvercommit); err != nil {
 		return err
 	}
@@ -59,7 +68,11 @@ func restore(state *State, mem *memory.Memory, hw Hardware) (*VM, error) {
 	if err := CheckHost(state, hw); err != nil {
 		return nil, err
 	}
-	vm, err := newVM(mem, len(state.VCPUs), hw)
+	devices, err := rosterOf(state.Devices)
+	if err != nil {
+		return nil, err
+	}
+	vm, err := newVM(mem, len(state.VCPUs), hw, devices)
 	if err != nil {
 		return nil, err
 	}
@@ -126,9 +139,9 @@ func (vm *VM) restoreKVM(s *VMState) error {
 		return err
 	}
 	err := setABI("clock", s.Clock, func(c kvm.ClockData) error {
-		// No flags: the guest's monotonic clock goes on from where it stopped. What
-		// the kernel reported with it is not taken back.
-		return vm.kvm.SetClock(kvm.ClockData{Clock: c.Clock})
+		// No flags: the guest's clock goes on from where it stopped, or from where
+		// it would be now. What the kernel reported with it is not taken back.
+		return vm.kvm.SetClock(kvm.ClockData{Clock: c.Clock + vm.advance(c)})
 	})
 	if err != nil {
 		return err
@@ -155,18 +168,31 @@ func (vm *VM) restoreKVM(s *VMState) error {
 	return nil
 }
 
+// advance is by how many nanoseconds the guest's clock is to move on: not at all,
+// or by the time since it was saved. A host whose clock is behind that of the one
+// that saved it lets it stand.
+func (vm *VM) advance(saved kvm.ClockData) uint64 {
+	if !vm.hw.AdvanceClock || saved.Flags&kvm.ClockRealtime == 0 {
+		return 0
+	}
+	return uint64(max(0, time.Now().UnixNano()-int64(saved.Realtime)))
+}
+
 func (vm *VM) restoreDevices(devices []DeviceState) error {
-	restored := false
+	hasSerial := false
 	for _, d := range devices {
-		if d.Name != deviceSerial {
-			return stateErrorf(sectionDevice+d.Name, "this program has no such device; update it")
+		restore := vm.restoreVirtio
+		switch d.Name {
+		case deviceSerial:
+			restore, hasSerial = vm.restoreSerial, true
+		case deviceGenID:
+			restore = vm.restoreGenID
 		}
-		if err := vm.restoreSerial(d); err != nil {
+		if err := restore(d); err != nil {
 			return err
 		}
-		restored = true
 	}
-	if !restored {
+	if !hasSerial {
 		return stateErrorf(sectionDevice+deviceSerial, "section is missing")
 	}
 	return nil

@@ -64,6 +64,9 @@ func (vm *VM) hasEnded() bool {
 // launch sets every vCPU running. The caller holds mu; no vCPU runs.
 func (vm *VM) launch() {
 	vm.startInput()
+	if err := vm.resumeDevices(); err != nil {
+		vm.end(&ExitError{Kind: ErrRun, VCPU: -1, Cause: err})
+	}
 	for _, c := range vm.vcpus {
 		c.arm()
 	}
@@ -127,6 +130,12 @@ func (vm *VM) Pause(ctx context.Context) error {
 		return err
 	}
 	defer vm.mu.Unlock()
+	if err := vm.quiesce(ctx); err != nil {
+		if !vm.hasEnded() {
+			vm.launch()
+		}
+		return err
+	}
 	vm.endInput()
 	vm.phase = phasePaused
 	if err := vm.require(phasePaused); err != nil {

@@ -5,6 +5,7 @@ package vmm
 import (
 	"errors"
 	"slices"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -43,17 +44,30 @@ func (vm *VM) saveDevices() ([]DeviceState, error) {
 	if err != nil {
 		return nil, err
 	}
-	return []DeviceState{{Name: deviceSerial, Version: serialVersion, Data: data}}, nil
+	devices := []DeviceState{{Name: deviceSerial, Version: serialVersion, Data: data}}
+	devices = append(devices, vm.saveGenID()...)
+	more, err := vm.saveVirtio()
+	return append(devices, more...), err
 }
 
 func (vm *VM) saveKVM(s *VMState) error {
 	var errs [5]error
 	s.PIT, errs[0] = getABI(vm.kvm.PIT2)
-	s.Clock, errs[1] = getABI(vm.kvm.Clock)
+	s.Clock, errs[1] = getABI(vm.clock)
 	s.PICMaster, errs[2] = getABI(vm.irqChip(kvm.PICMaster))
 	s.PICSlave, errs[3] = getABI(vm.irqChip(kvm.PICSlave))
 	s.IOAPIC, errs[4] = getABI(vm.irqChip(kvm.IOAPIC))
 	return errors.Join(errs[:]...)
+}
+
+// clock is KVM's clock of the guest and the wall clock of the same moment, which
+// KVM reports only where it derives both from the TSC.
+func (vm *VM) clock() (kvm.ClockData, error) {
+	c, err := vm.kvm.Clock()
+	if err == nil && c.Flags&kvm.ClockRealtime == 0 {
+		c.Flags, c.Realtime = c.Flags|kvm.ClockRealtime, uint64(time.Now().UnixNano())
+	}
+	return c, err
 }
 
 func (vm *VM) irqChip(id uint32) func() (kvm.IRQChipState, error) {

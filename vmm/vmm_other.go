@@ -37,4 +37,6 @@ func (*VM) Close() error                { return nil }
 func (*VM) Memory() *memory.Memory      { return nil }
 func (*VM) Paused() bool                { return false }
 func (*VM) VCPUs() int                  { return 0 }
+func (*VM) SetBalloon(uint64) error     { return ErrNotSupported }
+func (*VM) Balloon() uint64             { return 0 }
 func (*VM) Ended() <-chan struct{}      { return nil }
