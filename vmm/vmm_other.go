@@ -5,6 +5,7 @@ package vmm
 import (
 	"context"
 	"errors"
+	"os"
 
 	"github.com/cryovisor/cryovisor/memory"
 )
@@ -23,6 +24,9 @@ func Restore(*State, *memory.Memory, Hardware) (*VM, error) { return nil, ErrNot
 
 // CheckHost returns ErrNotSupported on this system.
 func CheckHost(*State, Hardware) error { return ErrNotSupported }
+
+// OpenTap returns ErrNotSupported on this system.
+func OpenTap(string) (*os.File, error) { return nil, ErrNotSupported }
 
 // CheckLazy returns ErrNotSupported on this system.
 func CheckLazy() error { return ErrNotSupported }

@@ -18,7 +18,6 @@ type bootFlags struct {
 	vcpus                int
 	kernel, initrd, flat string
 	cmdline, base, entry string
-	allowOvercommit      bool
 	files                []*os.File
 }
 
@@ -34,7 +33,6 @@ func (b *bootFlags) add(cmd *cobra.Command) {
 	f.StringVar(&b.entry, "entry", "", "address of its first instruction (default: its base)")
 	cmd.MarkFlagsMutuallyExclusive("kernel", "flat")
 	cmd.MarkFlagsOneRequired("kernel", "flat")
-	f.BoolVar(&b.allowOvercommit, "overcommit", false, "allow more guest memory than the host has")
 }
 
 // config opens the files; the caller closes them with close.
@@ -44,7 +42,6 @@ func (b *bootFlags) config() (vmm.Config, error) {
 		return vmm.Config{}, fmt.Errorf("--memory %q: want a size such as 512MiB", b.memory)
 	}
 	cfg := vmm.Config{MemoryBytes: memory, VCPUs: b.vcpus}
-	cfg.AllowOvercommit = b.allowOvercommit
 	if b.flat != "" {
 		cfg.Boot, err = b.flatImage()
 	} else {

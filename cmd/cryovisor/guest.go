@@ -26,8 +26,9 @@ SIGUSR1 pause to a snapshot too; SIGINT and SIGHUP end the guest without one.`
 
 // guestFlags are the flags of verbs that run a guest in the foreground.
 type guestFlags struct {
-	store storeFlag
-	keys  keyFlags
+	store   storeFlag
+	keys    keyFlags
+	devices deviceFlags
 }
 
 func (g *guestFlags) add(cmd *cobra.Command) {
@@ -56,8 +57,11 @@ func newForeground(cmd *cobra.Command, flags *guestFlags) (*foreground, func(), 
 	return &foreground{cmd: cmd, flags: flags, console: c}, c.restore, nil
 }
 
-func (f *foreground) hardware() vmm.Hardware {
-	return vmm.Hardware{Console: vmm.Console{In: f.console, Out: f.cmd.OutOrStdout()}}
+// hardware is the terminal and what the flags name. The caller closes f.flags.devices after the machine.
+func (f *foreground) hardware() (vmm.Hardware, error) {
+	hw, err := f.flags.devices.hardware()
+	hw.Console = vmm.Console{In: f.console, Out: f.cmd.OutOrStdout()}
+	return hw, err
 }
 
 // run waits for the end of a guest that is running.
@@ -210,6 +214,7 @@ func newRunCommand() *cobra.Command {
 	}
 	boot.add(cmd)
 	flags.add(cmd)
+	flags.devices.add(cmd)
 	return cmd
 }
 
@@ -224,16 +229,18 @@ func runGuest(cmd *cobra.Command, flags *guestFlags, boot *bootFlags) error {
 		return err
 	}
 	defer restore()
-	cfg.Hardware = f.hardware()
+	if cfg.Hardware, err = f.hardware(); err != nil {
+		return err
+	}
 	m, err := lifecycle.Boot(cfg)
 	if err != nil {
-		return err
+		return errors.Join(err, flags.devices.close())
 	}
 	err = m.VM.Start()
 	if err == nil {
 		err = f.run(cmd.Context(), m)
 	}
-	return errors.Join(err, m.Close())
+	return errors.Join(err, m.Close(), flags.devices.close())
 }
 
 func newResumeCommand() *cobra.Command {
@@ -245,7 +252,8 @@ func newResumeCommand() *cobra.Command {
 		Use:   "resume SNAPSHOT",
 		Short: "Let a paused guest go on, with its console on the terminal",
 		Long: "Resume a snapshot where it stopped. Memory is read when the guest touches it; the\n" +
-			"store must stay until the guest ends.\n\n" + consoleHelp + "\n\n" +
+			"store must stay until the guest ends. Name the guest's disks, network and vsock as\n" +
+			"when it was booted.\n\n" + consoleHelp + "\n\n" +
 			"SNAPSHOT is an id, the beginning of one, or the path of a manifest (*.cryo).",
 		Example: "  cryovisor resume 3f9a",
 		Args:    cobra.ExactArgs(1),
@@ -259,6 +267,7 @@ func newResumeCommand() *cobra.Command {
 		},
 	}
 	flags.add(cmd)
+	flags.devices.addResume(cmd)
 	cmd.Flags().BoolVar(&eager, "eager", false, "load all of the memory first (works without userfaultfd)")
 	return cmd
 }
@@ -273,8 +282,12 @@ func resumeGuest(cmd *cobra.Command, flags *guestFlags, store *snapshot.Store, i
 		return err
 	}
 	defer restore()
+	hw, err := f.hardware()
+	if err != nil {
+		return err
+	}
 	bar := newProgress(cmd.ErrOrStderr(), "loading")
-	opts := lifecycle.ResumeOptions{Identities: ids, Hardware: f.hardware(), Eager: eager, Progress: bar.update}
+	opts := lifecycle.ResumeOptions{Identities: ids, Hardware: hw, Eager: eager, Progress: bar.update}
 	m, err := lifecycle.Resume(cmd.Context(), store, id, opts)
 	if errors.Is(err, vmm.ErrNoUserfaultfd) {
 		f.say("%v; loading all of the memory first", err)
@@ -283,11 +296,11 @@ func resumeGuest(cmd *cobra.Command, flags *guestFlags, store *snapshot.Store, i
 	}
 	bar.finish()
 	if err != nil {
-		return err
+		return errors.Join(err, flags.devices.close())
 	}
 	err = m.VM.Resume()
 	if err == nil {
 		err = f.run(cmd.Context(), m)
 	}
-	return errors.Join(err, m.Close())
+	return errors.Join(err, m.Close(), flags.devices.close())
 }

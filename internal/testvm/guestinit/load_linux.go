@@ -32,11 +32,14 @@ type load struct {
 	failed []error
 }
 
-// jobs are what the load consists of; each makes its job ready.
-var jobs = []struct {
+// kind is a kind of job; begin makes one ready.
+type kind struct {
 	name  string
 	begin func() (job, error)
-}{
+}
+
+// jobs are what the load consists of; a machine with a disk has that of the disk besides.
+var jobs = []kind{
 	{"files", newFiles},
 	{"unlinked", newUnlinked},
 	{"mapped", newMapped},
@@ -52,7 +55,11 @@ func (g *guest) start() error {
 		return errors.New("the load runs already")
 	}
 	l := &load{stop: make(chan struct{})}
-	for _, j := range jobs {
+	kinds := jobs
+	if hasDisk() {
+		kinds = append(kinds[:len(kinds):len(kinds)], kind{"disk", newDisk})
+	}
+	for _, j := range kinds {
 		job, err := j.begin()
 		if err != nil {
 			return fmt.Errorf("%s: %w", j.name, err)

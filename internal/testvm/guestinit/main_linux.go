@@ -62,6 +62,7 @@ func serve() error {
 type guest struct {
 	con  *console
 	load *load // nil when none runs
+	hog  *hog  // nil when there is none
 }
 
 func (g *guest) obey(name, arg string) (string, error) {
@@ -78,6 +79,18 @@ func (g *guest) obey(name, arg string) (string, error) {
 		return "", g.start()
 	case "stop":
 		return g.stop()
+	case "entropy":
+		return entropy()
+	case "hog":
+		return g.startHog(arg)
+	case "unhog":
+		return g.endHog()
+	case "net":
+		return netUp(arg)
+	case "vsock-listen":
+		return vsockListen(arg)
+	case "vsock-connect":
+		return vsockConnect(arg)
 	case "poweroff":
 		return "", unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)
 	case "reboot":
@@ -113,7 +126,7 @@ func prepare() error {
 			return err
 		}
 	}
-	return loopbackUp()
+	return interfaceUp("lo")
 }
 
 func loadModule(file string) error {
@@ -128,19 +141,20 @@ func loadModule(file string) error {
 	return nil
 }
 
-func loopbackUp() error {
+// interfaceUp brings a network interface up.
+func interfaceUp(name string) error {
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("socket: %w", err)
 	}
 	defer func() { _ = unix.Close(fd) }()
-	req, err := unix.NewIfreq("lo")
+	req, err := unix.NewIfreq(name)
 	if err != nil {
 		return err
 	}
 	req.SetUint16(unix.IFF_UP | unix.IFF_RUNNING)
 	if err := unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, req); err != nil {
-		return fmt.Errorf("bring lo up: %w", err)
+		return fmt.Errorf("bring %s up: %w", name, err)
 	}
 	return nil
 }

@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -31,10 +32,14 @@ func startHelper(arg string, in io.Reader, out io.Writer) (*exec.Cmd, error) {
 	return cmd, cmd.Start()
 }
 
-// runHelper is the helper process: over its standard streams, or over a connection to an address.
+// runHelper is the helper process: over its standard streams, or over a connection to an address; or one that
+// holds memory.
 func runHelper(arg string) error {
 	if arg == "-" {
 		return answer(os.Stdin, os.Stdout)
+	}
+	if mib, ok := strings.CutPrefix(arg, hogWord); ok {
+		return holdMemory(mib)
 	}
 	conn, err := net.Dial("tcp", arg)
 	if err != nil {

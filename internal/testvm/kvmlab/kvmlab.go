@@ -115,10 +115,15 @@ func (e *TimeLimitError) Error() string {
 
 func (e *TimeLimitError) Unwrap() error { return e.Err }
 
+// ReasonMark begins what a test in the lab says, in one line, of why it fails. RunTest repeats the last such line at the
+// end of what it logs.
+const ReasonMark = "reason: "
+
 // withConsole adds what the console said, if anything, to a message.
 func withConsole(message, console string) string {
 	if console = strings.TrimSpace(console); console != "" {
-		message += "\nconsole:\n\t" + strings.ReplaceAll(console, "\n", "\n\t")
+		// The reason is said again at the end, which is what is left of a log that was cut.
+		message += "\nconsole:\n\t" + strings.ReplaceAll(console, "\n", "\n\t") + "\n" + message
 	}
 	return message
 }

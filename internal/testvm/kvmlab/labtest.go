@@ -4,6 +4,7 @@ package kvmlab
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"flag"
 	"fmt"
@@ -58,7 +59,7 @@ func RunTest(t *testing.T, cfg Config, body func(t *testing.T)) {
 	case err != nil:
 		t.Fatal(err)
 	case code != 0:
-		t.Fatalf("%s failed in the KVM lab with exit code %d", t.Name(), code)
+		t.Fatalf("%s failed in the KVM lab with exit code %d: %s", t.Name(), code, cmp.Or(log.reason, "see above"))
 	case log.skipped:
 		t.Skip("skipped in the KVM lab")
 	case !log.passed:
@@ -113,6 +114,7 @@ type testLog struct {
 	log             func(...any)
 	partial         []byte
 	passed, skipped bool
+	reason          string // the last that was given
 }
 
 func (l *testLog) Write(p []byte) (int, error) {
@@ -137,6 +139,9 @@ func (l *testLog) flush() {
 
 func (l *testLog) line(line string) {
 	l.log(line)
+	if _, reason, ok := strings.Cut(line, ReasonMark); ok {
+		l.reason = reason
+	}
 	l.passed = l.passed || strings.HasPrefix(line, "--- PASS: "+l.name+" ")
 	l.skipped = l.skipped || strings.HasPrefix(line, "--- SKIP: "+l.name+" ")
 }

@@ -88,3 +88,13 @@ func TestTestLog(t *testing.T) {
 		}
 	}
 }
+
+func TestTestLogKeepsTheLastReason(t *testing.T) {
+	log := testLog{log: func(...any) {}}
+	for _, line := range []string{"    x_test.go:1: " + ReasonMark + "first", "    x_test.go:2: " + ReasonMark + "why", "--- FAIL: TestLinuxX"} {
+		log.line(line)
+	}
+	if log.reason != "why" {
+		t.Errorf("the reason is %q, want the last that was given", log.reason)
+	}
+}

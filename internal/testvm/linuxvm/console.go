@@ -127,6 +127,13 @@ func (c *Console) Other() []string {
 	return append([]string(nil), c.other...)
 }
 
+// kernelTail is the end of what the kernel said.
+func (c *Console) kernelTail() string {
+	const n = 10
+	other := c.Other()
+	return strings.Join(other[max(0, len(other)-n):], "\n")
+}
+
 // tail is the end of what the guest said.
 func (c *Console) tail() string {
 	c.mu.Lock()

@@ -12,23 +12,28 @@ import (
 // TestLinuxIntegrity pauses a guest in the midst of its work and resumes it in a new process, again and again, and
 // demands that nothing in it shows.
 func TestLinuxIntegrity(t *testing.T) {
-	Run(t, labConfig, func(t *testing.T, lab *Lab) { testIntegrity(t, lab, Options{Kernel: kvmlab.Cloud}, 20) })
+	Run(t, withE2fs(t, labConfig), func(t *testing.T, lab *Lab) { testIntegrity(t, lab, Options{Kernel: kvmlab.Cloud}, 20) })
 }
 
 func TestLinuxIntegrityGeneric(t *testing.T) {
 	cfg := labConfig
 	cfg.Kernels = []string{kvmlab.Generic}
-	Run(t, cfg, func(t *testing.T, lab *Lab) { testIntegrity(t, lab, Options{Kernel: kvmlab.Generic}, 4) })
+	Run(t, withE2fs(t, cfg), func(t *testing.T, lab *Lab) { testIntegrity(t, lab, Options{Kernel: kvmlab.Generic}, 4) })
 }
 
 func TestLinuxIntegrityTwoVCPUs(t *testing.T) {
-	Run(t, labConfig, func(t *testing.T, lab *Lab) { testIntegrity(t, lab, Options{Kernel: kvmlab.Cloud, VCPUs: 2}, 8) })
+	Run(t, withE2fs(t, labConfig), func(t *testing.T, lab *Lab) {
+		testIntegrity(t, lab, Options{Kernel: kvmlab.Cloud, VCPUs: 2}, 8)
+	})
 }
 
 var labConfig = kvmlab.Config{Kernels: []string{kvmlab.Cloud}, MemoryMiB: 2048, TimeLimit: 10 * time.Minute}
 
 func testIntegrity(t *testing.T, lab *Lab, opts Options, cycles int) {
+	opts.Modules = deviceModules(opts.Kernel)
 	s := newSaga(t, lab, opts)
+	s.useDisk(64)
+	s.useVsock(3)
 	s.start()
 	s.until("up ")
 	s.order("start")
@@ -49,6 +54,9 @@ func testIntegrity(t *testing.T, lab *Lab, opts Options, cycles int) {
 	s.finish()
 	if !slices.Equal(s.echoes, asked) {
 		t.Errorf("the guest answers %q, want %q", s.echoes, asked)
+	}
+	if err := checkDisk(t, s.job.Disk); err != nil {
+		t.Error(err)
 	}
 }
 

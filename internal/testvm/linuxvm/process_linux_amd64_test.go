@@ -1,12 +1,13 @@
 package linuxvm
 
 import (
-	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -16,6 +17,7 @@ import (
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
+	"github.com/cryovisor/cryovisor/blockdev"
 	"github.com/cryovisor/cryovisor/lifecycle"
 	"github.com/cryovisor/cryovisor/snapshot"
 	"github.com/cryovisor/cryovisor/vmm"
@@ -45,12 +47,27 @@ type job struct {
 	Options  Options     // of a machine to be booted
 	ID       snapshot.ID // of a snapshot to be resumed; zero: boot
 	Eager    bool
+
+	// What is behind the machine's devices.
+	Disk         string // file with the disk, or none
+	Vsock        string // path of the host's socket, or none
+	CID          uint32 // of the guest, with Vsock
+	Tap          string // name of an interface, or none
+	AdvanceClock bool
 }
 
-// report is what a process says of its machine, a line of JSON each time: that it runs, that it was paused, or that it
-// has ended.
+// pauseOrder tells a process to pause its machine, in a line of JSON.
+type pauseOrder struct {
+	Watch  bool    // report progress
+	HoldAt float64 // the part of the memory that is written before the pause stops for ever; below 0: it does not
+}
+
+// report is what a process says of its machine, a line of JSON each time: that it runs, how far a pause has come, that it
+// was paused, or that it has ended.
 type report struct {
 	Running bool
+	Done    float64 // the part of the memory that is written
+	Held    bool
 	Paused  *lifecycle.Paused
 	Ended   string
 }
@@ -82,11 +99,9 @@ func runJob(text string) error {
 	if err := reports.Encode(report{Running: true}); err != nil {
 		return err
 	}
+	var order pauseOrder
 	told := make(chan error, 1)
-	go func() {
-		_, err := bufio.NewReader(os.NewFile(fdOrders, "orders")).ReadString('\n')
-		told <- err
-	}()
+	go func() { told <- json.NewDecoder(os.NewFile(fdOrders, "orders")).Decode(&order) }()
 	select {
 	case <-m.VM.Ended():
 		return errors.Join(reports.Encode(report{Ended: m.VM.Wait(context.Background()).Error()}), m.Close())
@@ -95,11 +110,29 @@ func runJob(text string) error {
 			return errors.Join(err, m.Close())
 		}
 	}
-	paused, err := m.Pause(context.Background(), store, lifecycle.PauseOptions{Recipients: []age.Recipient{identity.Recipient()}})
+	paused, err := m.Pause(context.Background(), store, lifecycle.PauseOptions{
+		Recipients: []age.Recipient{identity.Recipient()}, Progress: order.progress(reports),
+	})
 	if err != nil {
 		return errors.Join(err, m.Close())
 	}
-	return errors.Join(m.Close(), reports.Encode(report{Paused: &paused}))
+	return errors.Join(reports.Encode(report{Paused: &paused}), m.Close())
+}
+
+// progress is the Progress of a pause: it reports it, or holds it.
+func (o pauseOrder) progress(reports *json.Encoder) func(done, total uint64) {
+	if !o.Watch {
+		return nil
+	}
+	return func(done, total uint64) {
+		part := float64(done) / float64(max(total, 1))
+		hold := o.HoldAt >= 0 && (part >= o.HoldAt || done == total)
+		// Nobody could be told of an error. The other end lives longer than this one.
+		_ = reports.Encode(report{Done: part, Held: hold})
+		if hold {
+			select {} // to be killed
+		}
+	}
 }
 
 // machine boots or resumes the machine and sets it going.
@@ -108,10 +141,13 @@ func (j *job) machine(store *snapshot.Store, identity age.Identity) (*lifecycle.
 	if err := unix.SetNonblock(0, true); err != nil {
 		return nil, err
 	}
-	console := vmm.Console{In: os.NewFile(0, "console input"), Out: os.Stdout}
+	hw, err := j.hardware()
+	if err != nil {
+		return nil, err
+	}
 	if j.ID != (snapshot.ID{}) {
 		m, err := lifecycle.Resume(context.Background(), store, j.ID, lifecycle.ResumeOptions{
-			Identities: []age.Identity{identity}, Hardware: vmm.Hardware{Console: console, AllowOvercommit: true}, Eager: j.Eager,
+			Identities: []age.Identity{identity}, Hardware: hw, Eager: j.Eager,
 		})
 		if err != nil {
 			return nil, err
@@ -126,12 +162,39 @@ func (j *job) machine(store *snapshot.Store, identity age.Identity) (*lifecycle.
 	if err != nil {
 		return nil, err
 	}
-	cfg.Console = console
+	cfg.Hardware = hw
 	m, err := lifecycle.Boot(cfg)
 	if err != nil {
 		return nil, err
 	}
 	return m, m.VM.Start()
+}
+
+// hardware opens what is behind the machine's devices, for as long as the process lives.
+func (j *job) hardware() (vmm.Hardware, error) {
+	hw := vmm.Hardware{
+		Console:         vmm.Console{In: os.NewFile(0, "console input"), Out: os.Stdout},
+		AllowOvercommit: true,
+		AdvanceClock:    j.AdvanceClock,
+	}
+	if j.Disk != "" {
+		disk, err := blockdev.OpenFile(j.Disk, blockdev.Options{})
+		if err != nil {
+			return hw, err
+		}
+		hw.Disks = []vmm.Disk{{Name: "data", Device: disk}}
+	}
+	if j.Vsock != "" {
+		hw.Vsock = &vmm.Vsock{CID: j.CID, Path: j.Vsock}
+	}
+	if j.Tap != "" {
+		tap, err := vmm.OpenTap(j.Tap)
+		if err != nil {
+			return hw, err
+		}
+		hw.NICs = []vmm.NIC{{Name: "eth0", Tap: tap, MAC: net.HardwareAddr{2, 0, 0, 0, 0, 1}}}
+	}
+	return hw, nil
 }
 
 // process is a process that runs a machine.
@@ -141,6 +204,7 @@ type process struct {
 	reports *json.Decoder
 	gone    chan struct{} // closed when all of its output has been copied, which is when it has ended
 	files   []*os.File
+	said    bytes.Buffer // to standard error; whole when the process has ended
 }
 
 // startProcess starts a process whose guest's console is input and output. What it has not read of input when it ends is
@@ -165,7 +229,7 @@ func startProcess(ctx context.Context, j job, input *os.File, output io.Writer) 
 	p.reports = json.NewDecoder(pipes[2].r)
 	p.cmd = exec.CommandContext(ctx, binary)
 	p.cmd.Env = append(os.Environ(), envJob+"="+string(text))
-	p.cmd.Stdin, p.cmd.Stdout, p.cmd.Stderr = input, pipes[0].w, os.Stderr
+	p.cmd.Stdin, p.cmd.Stdout, p.cmd.Stderr = input, pipes[0].w, io.MultiWriter(os.Stderr, &p.said)
 	p.cmd.ExtraFiles = []*os.File{pipes[1].r, pipes[2].w}
 	if err := p.cmd.Start(); err != nil {
 		return nil, err

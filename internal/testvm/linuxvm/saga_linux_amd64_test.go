@@ -2,6 +2,7 @@ package linuxvm
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -16,7 +17,9 @@ import (
 	"filippo.io/age"
 
 	"github.com/cryovisor/cryovisor/internal/testvm/guestinit/wire"
+	"github.com/cryovisor/cryovisor/internal/testvm/kvmlab"
 	"github.com/cryovisor/cryovisor/lifecycle"
+	"github.com/cryovisor/cryovisor/snapshot"
 )
 
 // saga is a guest that lives in one process after another, with one console and one set of logs through all of them.
@@ -26,6 +29,7 @@ type saga struct {
 	input   pipe // to the guest's console
 	job     job
 	proc    *process // nil while the guest is paused
+	names   []string // of the logs
 	logs    wire.Logs
 	mono    int64    // the guest's monotonic clock in its last log line, in ns
 	echoes  []string // answers to orders "echo"
@@ -55,7 +59,7 @@ func newSaga(t *testing.T, lab *Lab, opts Options) *saga {
 	}
 	begin := time.Now()
 	s := &saga{
-		t: t, logs: wire.Logs{},
+		t: t, names: logNames, logs: wire.Logs{},
 		console: NewConsole(func(line string) { t.Logf("%6.2fs %s", time.Since(begin).Seconds(), line) }),
 		job:     job{Dir: dir, Store: t.TempDir(), Identity: identity.String(), Options: opts},
 	}
@@ -70,16 +74,29 @@ func newSaga(t *testing.T, lab *Lab, opts Options) *saga {
 	return s
 }
 
+// useDisk gives the machine, which has not been booted, a disk with an empty file system, and the load a log of it.
+func (s *saga) useDisk(mib int64) {
+	s.t.Helper()
+	s.job.Disk = newDisk(s.t, mib)
+	s.names = slices.Sorted(slices.Values(append(slices.Clone(logNames), "disk")))
+}
+
+// useVsock gives the machine, which has not been booted, a socket device.
+func (s *saga) useVsock(cid uint32) {
+	s.t.Helper()
+	s.job.Vsock, s.job.CID = filepath.Join(s.t.TempDir(), "vsock"), cid
+}
+
 // start starts a process for the guest, which boots it or goes on from its last pause, and waits until it runs.
 func (s *saga) start() {
 	s.t.Helper()
 	p, err := startProcess(s.t.Context(), s.job, s.input.r, s.console)
 	if err != nil {
-		s.t.Fatal(err)
+		s.fatalf("%v", err)
 	}
 	s.proc = p
 	if r, err := s.report(); err != nil || !r.Running {
-		s.t.Fatalf("the machine did not start: %+v, %v", r, err)
+		s.fatalf("the machine did not start: %+v, %v", r, err)
 	}
 }
 
@@ -98,38 +115,57 @@ func (s *saga) kill() {
 	s.proc = nil
 }
 
-// orderPause begins a pause.
-func (s *saga) orderPause() {
+// fatalf ends the test with the reason in one line, which says what the guest's kernel and the process said last.
+func (s *saga) fatalf(format string, args ...any) {
 	s.t.Helper()
-	if _, err := io.WriteString(s.proc.orders, "pause\n"); err != nil {
-		s.t.Fatal(err)
+	reason := fmt.Sprintf(format, args...)
+	if proc := s.proc; proc != nil {
+		s.kill()
+		reason += "; the process said: " + proc.said.String()
+	}
+	s.errorf("%s; the kernel said: %s", reason, s.console.kernelTail())
+	s.t.FailNow()
+}
+
+// errorf fails the test with a reason in one line.
+func (s *saga) errorf(format string, args ...any) {
+	s.t.Helper()
+	reason := strings.ReplaceAll(strings.TrimSpace(fmt.Sprintf(format, args...)), "\n", " | ")
+	s.t.Errorf("%s%s", kvmlab.ReasonMark, reason)
+}
+
+// orderPause begins a pause.
+func (s *saga) orderPause(order pauseOrder) {
+	s.t.Helper()
+	if err := json.NewEncoder(s.proc.orders).Encode(order); err != nil {
+		s.fatalf("%v", err)
 	}
 }
 
 // pause pauses the guest and waits until its process has ended.
 func (s *saga) pause() lifecycle.Paused {
 	s.t.Helper()
-	s.orderPause()
+	s.orderPause(pauseOrder{HoldAt: -1})
 	r, err := s.report()
 	if err != nil || r.Paused == nil {
-		s.t.Fatalf("the machine was not paused: %+v, %v", r, err)
+		s.fatalf("the machine was not paused: %+v, %v", r, err)
 	}
 	err = s.proc.end()
 	s.proc = nil
 	if err != nil {
-		s.t.Fatal(err)
+		s.fatalf("%v", err)
 	}
-	s.paused(r.Paused)
+	s.paused(r.Paused.ID)
 	return *r.Paused
 }
 
 // paused makes a snapshot the one to go on from.
-func (s *saga) paused(p *lifecycle.Paused) {
+func (s *saga) paused(id snapshot.ID) {
 	s.t.Helper()
 	for _, line := range s.console.Take() {
 		s.check(line)
 	}
-	s.job.ID = p.ID
+	s.job.ID = id
 	s.saved = savedSaga{cloneLogs(s.logs), s.console.Partial()}
 }
 
@@ -149,8 +185,9 @@ func cloneLogs(logs wire.Logs) wire.Logs {
 	return out
 }
 
-// lineLimit is the time that a line may take: on an idle machine, a second.
-const lineLimit = 2 * time.Minute
+// lineLimit is the time that a line may take: on an idle machine, a second. It is there for a machine that hangs, and long
+// enough for a busy one.
+const lineLimit = 4 * time.Minute
 
 // next waits for the next line of the guest program and checks it.
 func (s *saga) next() string {
@@ -169,7 +206,7 @@ func (s *saga) next() string {
 	}()
 	line, err := s.console.Next(ctx)
 	if err != nil {
-		s.t.Fatal(err)
+		s.fatalf("%v", err)
 	}
 	s.check(line)
 	return line
@@ -181,11 +218,11 @@ func (s *saga) check(line string) {
 	_, e, isLog, err := s.logs.Check(line)
 	switch {
 	case err != nil:
-		s.t.Fatal(err)
+		s.fatalf("%v", err)
 	case isLog:
 		s.mono = e.Monotonic
 	case strings.HasPrefix(line, "error "), strings.HasPrefix(line, "failed "):
-		s.t.Fatalf("the guest says: %s", line)
+		s.fatalf("the guest says: %s", line)
 	case strings.HasPrefix(line, "done echo "):
 		s.echoes = append(s.echoes, line)
 	}
@@ -208,7 +245,7 @@ func (s *saga) until(prefix string) []string {
 func (s *saga) tell(order string) {
 	s.t.Helper()
 	if _, err := io.WriteString(s.input.w, order+"\n"); err != nil {
-		s.t.Fatal(err)
+		s.fatalf("%v", err)
 	}
 }
 
@@ -223,7 +260,7 @@ func (s *saga) order(order string) []string {
 func (s *saga) steps(n uint64) {
 	s.t.Helper()
 	want := map[string]uint64{}
-	for _, name := range logNames {
+	for _, name := range s.names {
 		want[name] = s.count(name) + n
 	}
 	for len(want) > 0 {
@@ -248,20 +285,20 @@ func (s *saga) finish() {
 	stop := s.order("stop")
 	got := strings.Fields(strings.TrimPrefix(stop[len(stop)-1], "done stop "))
 	var want []string
-	for _, name := range logNames {
+	for _, name := range s.names {
 		want = append(want, fmt.Sprintf("%s=%d", name, s.count(name)))
 	}
 	if slices.Sort(got); !slices.Equal(got, want) {
-		s.t.Errorf("the guest counts %q, here came %q", got, want)
+		s.errorf("the guest counts %q, here came %q", got, want)
 	}
 	if warnings := Warnings(s.order("warnings")); len(warnings) > 0 {
-		s.t.Errorf("the kernel warns: %q", warnings)
+		s.errorf("the kernel warns: %q", warnings)
 	}
 	if facts := s.order("facts"); !strings.Contains(facts[len(facts)-1], "clocksource=kvm-clock") {
-		s.t.Errorf("the guest says %q", facts)
+		s.errorf("the guest says %q", facts)
 	}
 	s.tell("poweroff")
 	if r, err := s.report(); err != nil || !strings.Contains(r.Ended, "powered off") {
-		s.t.Errorf("the machine's end: %+v, %v", r, err)
+		s.errorf("the machine's end: %+v, %v", r, err)
 	}
 }

@@ -12,24 +12,33 @@ const tunDevice = "/dev/net/tun"
 // tapFlags is what a tap must have been opened with: frames, without packet information, behind a header.
 const tapFlags = unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR
 
-// OpenTap attaches to the tap interface of that name in this thread's network namespace. If there is none it
-// makes one, for which CAP_NET_ADMIN is needed, and which goes when the Tap is closed. An empty name
-// lets the kernel choose.
+// OpenTap is AttachTap and NewTap.
 func OpenTap(name string) (Tap, error) {
+	fd, err := AttachTap(name)
+	if err != nil {
+		return nil, err
+	}
+	return NewTap(fd)
+}
+
+// AttachTap opens a descriptor of the tap interface of that name in this thread's network namespace, for NewTap. If
+// there is none it makes one, for which CAP_NET_ADMIN is needed, and which goes when the last descriptor is
+// closed. An empty name lets the kernel choose.
+func AttachTap(name string) (fd int, err error) {
 	ifr, err := unix.NewIfreq(name)
 	if err != nil {
-		return nil, fmt.Errorf("nic: tap %q: the name must be shorter than %d bytes: %w", name, unix.IFNAMSIZ, err)
+		return -1, fmt.Errorf("nic: tap %q: the name must be shorter than %d bytes: %w", name, unix.IFNAMSIZ, err)
 	}
-	fd, err := unix.Open(tunDevice, unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	fd, err = unix.Open(tunDevice, unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 	if err != nil {
-		return nil, fmt.Errorf("nic: tap %q: open %s: %w", name, tunDevice, err)
+		return -1, fmt.Errorf("nic: tap %q: open %s: %w", name, tunDevice, err)
 	}
 	ifr.SetUint16(tapFlags)
 	if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, ifr); err != nil {
 		_ = unix.Close(fd)
-		return nil, fmt.Errorf("nic: attach to tap %q (it may be in use, be no tap, or need CAP_NET_ADMIN): %w", name, err)
+		return -1, fmt.Errorf("nic: attach to tap %q (it may be in use, be no tap, or need CAP_NET_ADMIN): %w", name, err)
 	}
-	return NewTap(fd)
+	return fd, nil
 }
 
 // NewTap uses a descriptor of /dev/net/tun that is attached to a tap with IFF_TAP, IFF_NO_PI and

@@ -1,7 +1,6 @@
 package virtiotest
 
 import (
-	"bytes"
 	"context"
 	"encoding/binary"
 	"math/rand/v2"
@@ -11,9 +10,6 @@ import (
 	"github.com/cryovisor/cryovisor/internal/virtio"
 )
 
-// fuzzRAM is small, so that random addresses often hit it.
-const fuzzRAM = 128 << 10
-
 // registers are the ones that a fuzzer picks from.
 var registers = []uint64{
 	RegDeviceFeaturesSel, RegDriverFeatures, RegDriverFeaturesSel, RegQueueSel, RegQueueSize, RegQueueReady,
@@ -21,8 +17,8 @@ var registers = []uint64{
 	RegQueueDevice, RegQueueDevice + 4, RegConfig, RegConfig + 8,
 }
 
-// FuzzRegisters gives a device random register accesses (5 bytes of ops each: which, value) with image as
-// guest memory. The device must not panic, must still be stoppable, and its state must survive a save.
+// FuzzRegisters gives a device random register accesses (5 bytes of ops each: which, value) with guest memory made of
+// image. The device must not panic, must still be stoppable, and its state must survive a save.
 func FuzzRegisters(t *testing.T, fresh func() virtio.Device, image, ops []byte) {
 	d := fuzzDriver(t, fresh, image)
 	defer closeFuzzed(t, d)
@@ -40,29 +36,31 @@ func FuzzRegisters(t *testing.T, fresh func() virtio.Device, image, ops []byte) 
 	checkFuzzed(t, d, fresh)
 }
 
-// FuzzRings sets a device up as a driver does, then makes image guest memory, so that it is rings, descriptors and
+// FuzzRings sets a device up as a driver does, then makes guest memory of image, so that it is rings, descriptors and
 // requests, and rings for each queue.
 func FuzzRings(t *testing.T, fresh func() virtio.Device, features virtio.Feature, image []byte) {
 	d := fuzzDriver(t, fresh, nil)
 	defer closeFuzzed(t, d)
+	playImage(t, d, features, image)
+	checkFuzzed(t, d, fresh)
+}
+
+func playImage(t testing.TB, d *Driver, features virtio.Feature, image []byte) {
 	if err := d.Init(features|virtio.FeatureVersion1, 16); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := d.RAM.WriteAt(image[:min(len(image), fuzzRAM)], 0); err != nil {
-		t.Fatal(err)
-	}
+	d.Idle() // so that one input always does the same
+	d.RAM.load(image)
 	for i := range d.Rings {
 		d.SetReg(RegQueueNotify, uint32(i))
 	}
 	d.Idle()
-	checkFuzzed(t, d, fresh)
 }
 
-// RingImage is guest memory for FuzzRings in which the rings hold reqs: seeds from which a fuzzer finds more than
-// from noise.
+// RingImage is an image for FuzzRings in which the rings hold reqs: seeds from which a fuzzer finds more than
+// from noise. It makes sure that a device answers one of them at least.
 func RingImage(t testing.TB, fresh func() virtio.Device, features virtio.Feature, reqs ...Request) []byte {
 	d := fuzzDriver(t, fresh, nil)
-	defer closeFuzzed(t, d)
 	if err := d.Init(features|virtio.FeatureVersion1, 16); err != nil {
 		t.Fatal(err)
 	}
@@ -74,12 +72,35 @@ func RingImage(t testing.TB, fresh func() virtio.Device, features virtio.Feature
 			t.Fatalf("no room for a request: %v", err)
 		}
 	}
-	return bytes.TrimRight(d.RAM.Bytes(), "\x00")
+	image := makeImage(d.RAM.Bytes())
+	closeFuzzed(t, d)
+	checkSeed(t, fresh, features, image)
+	return image
+}
+
+func checkSeed(t testing.TB, fresh func() virtio.Device, features virtio.Feature, image []byte) {
+	d := fuzzDriver(t, fresh, nil)
+	defer closeFuzzed(t, d)
+	playImage(t, d, features, image)
+	if err := d.Transport.Quiesce(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	s, err := d.Transport.Save()
+	if err != nil {
+		t.Fatal(err)
+	}
+	answered := 0
+	for _, q := range s.Queues {
+		answered += int(q.Used)
+	}
+	if answered == 0 {
+		t.Fatalf("no request of the image is answered: %v", d.Transport.Err())
+	}
 }
 
 func fuzzDriver(t testing.TB, fresh func() virtio.Device, image []byte) *Driver {
-	d := NewDriver(NewRAM(fuzzRAM), rand.New(rand.NewPCG(1, 2)))
-	copy(d.RAM.mem, image)
+	d := NewDriver(NewRAM(imageRAM), rand.New(rand.NewPCG(1, 2)))
+	d.RAM.load(image)
 	if err := d.Attach(fresh()); err != nil {
 		t.Fatal(err)
 	}

@@ -53,3 +53,10 @@ func (r *RAM) Bytes() []byte {
 	defer r.mu.Unlock()
 	return slices.Clone(r.mem)
 }
+
+// load puts an image's patches over it.
+func (r *RAM) load(image []byte) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	loadImage(r.mem, image)
+}

@@ -1,0 +1,32 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// entropy is what must differ between clones (random bytes of the kernel and of the machine's own source), and the
+// boot id, which the clones share.
+func entropy() (string, error) {
+	random := make([]byte, 32)
+	if _, err := unix.Getrandom(random, 0); err != nil {
+		return "", os.NewSyscallError("getrandom", err)
+	}
+	hw, err := hwrng()
+	return fmt.Sprintf("random=%x hwrng=%s boot=%s", random, hw, read("/proc/sys/kernel/random/boot_id")), err
+}
+
+// hwrng is what the machine's source of entropy gives, or "none".
+func hwrng() (string, error) {
+	f, err := os.Open("/dev/hwrng")
+	if err != nil { // without the device or its driver
+		return "none", nil //nolint:nilerr // that is the answer
+	}
+	defer f.Close()
+	b := make([]byte, 32)
+	_, err = io.ReadFull(f, b)
+	return fmt.Sprintf("%x", b), err
+}
