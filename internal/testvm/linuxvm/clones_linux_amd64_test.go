@@ -1,0 +1,129 @@
+package linuxvm
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"regexp"
+	"testing"
+	"time"
+
+	"github.com/cryovisor/cryovisor/internal/testvm/kvmlab"
+)
+
+// TestLinuxClones resumes one snapshot in two processes at once, each with a copy of the disk, and lets both live on through
+// pauses of their own. The kernel is one that knows generation IDs.
+func TestLinuxClones(t *testing.T) {
+	cfg := labConfig
+	cfg.Kernels = []string{kvmlab.Generic}
+	Run(t, withE2fs(t, cfg), func(t *testing.T, lab *Lab) {
+		opts := Options{Kernel: kvmlab.Generic, MemoryMiB: 320, Modules: deviceModules(kvmlab.Generic)}
+		origin := newSaga(t, lab, opts)
+		origin.useDisk(64)
+		origin.useVsock(3)
+		origin.start()
+		origin.until("up ")
+		origin.order("start")
+		origin.steps(1)
+		before := origin.identity()
+		origin.pause()
+
+		clones := []*saga{origin.clone("first", 4), origin.clone("second", 5)}
+		for _, c := range clones {
+			c.start()
+		}
+		// Asked before anything else has given the guests a reason to differ.
+		ids := []identity{before}
+		for _, c := range clones {
+			ids = append(ids, c.identity())
+		}
+		checkIdentities(t, ids)
+		for cycle := range 2 {
+			for _, c := range clones {
+				c.steps(1 + uint64(cycle))
+			}
+			for _, c := range clones {
+				c.pause()
+				c.start()
+			}
+		}
+		for _, c := range clones {
+			c.finish()
+			if err := checkDisk(t, c.job.Disk); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+}
+
+// clone makes a saga that goes on from the last pause of s by itself, with a disk of its own and another CID.
+func (s *saga) clone(name string, cid uint32) *saga {
+	s.t.Helper()
+	c := &saga{t: s.t, names: s.names, job: s.job, logs: cloneLogs(s.saved.logs), echoes: nil}
+	begin := time.Now()
+	c.console = NewConsole(func(line string) { s.t.Logf("%6.2fs %s: %s", time.Since(begin).Seconds(), name, line) })
+	c.console.Rewind(s.saved.partial)
+	var err error
+	if c.input.r, c.input.w, err = os.Pipe(); err != nil {
+		s.fatalf("%v", err)
+	}
+	s.t.Cleanup(func() {
+		c.kill()
+		c.input.r.Close()
+		c.input.w.Close()
+	})
+	c.job.Disk = filepath.Join(s.t.TempDir(), "disk")
+	if err := copyFile(c.job.Disk, s.job.Disk); err != nil {
+		s.fatalf("%v", err)
+	}
+	c.useVsock(cid)
+	return c
+}
+
+func copyFile(to, from string) error {
+	in, err := os.Open(from)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	out, err := os.Create(to)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(out, in)
+	return errors.Join(err, out.Close())
+}
+
+// identity is what a guest says when it is asked for entropy.
+type identity struct{ random, hwrng, boot string }
+
+var identityAnswer = regexp.MustCompile(`random=([0-9a-f]{64}) hwrng=([0-9a-f]{64}) boot=(\S{36})`)
+
+func (s *saga) identity() identity {
+	s.t.Helper()
+	lines := s.order("entropy")
+	m := identityAnswer.FindStringSubmatch(lines[len(lines)-1])
+	if m == nil {
+		s.fatalf("the guest says %q", lines)
+	}
+	return identity{m[1], m[2], m[3]}
+}
+
+// checkIdentities: what is random differs; the boot id shows that these are guests of one boot.
+func checkIdentities(t *testing.T, ids []identity) {
+	t.Helper()
+	seen := map[string]string{}
+	for i, id := range ids {
+		for what, value := range map[string]string{"getrandom": id.random, "hwrng": id.hwrng} {
+			if who, dup := seen[value]; dup {
+				t.Errorf("%s of guest %d and %s give the same bytes", what, i, who)
+			}
+			seen[value] = fmt.Sprintf("%s of guest %d", what, i)
+		}
+		if id.boot != ids[0].boot {
+			t.Errorf("guest %d has boot id %s, the one that it is a clone of %s", i, id.boot, ids[0].boot)
+		}
+	}
+}
