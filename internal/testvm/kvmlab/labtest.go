@@ -27,7 +27,7 @@ const spareTime = 10 * time.Second
 //
 // RunTest is the first thing that a top-level test does, and by convention such tests are named
 // TestLinux...: it is the call that starts the test anew in the lab. A subtest chosen by -run is
-// chosen there too. Files that the body needs, testdata included, must be in cfg.Files; the
+// chosen there too. Labs run in parallel. Files that the body needs, testdata included, must be in cfg.Files; the
 // package's own directory is not in the lab.
 func RunTest(t *testing.T, cfg Config, body func(t *testing.T)) {
 	t.Helper()
@@ -41,6 +41,8 @@ func RunTest(t *testing.T, cfg Config, body func(t *testing.T)) {
 	if strings.Contains(t.Name(), "/") {
 		t.Fatalf("kvmlab.RunTest is for top-level tests, not for %s", t.Name())
 	}
+	// An emulated host has one processor; the real one has more.
+	t.Parallel()
 	binary, err := staticTestBinary(t.Context(), t.TempDir())
 	if err != nil {
 		t.Fatal(err)
