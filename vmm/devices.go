@@ -21,6 +21,9 @@ type Disk struct {
 	// Serial is the serial number that the guest reads, at most 20 bytes; Name, as
 	// much of it as fits, if it is empty.
 	Serial string
+	// OnError, if not nil, is told of every operation of Device that failed; the
+	// guest learns only that one did. It is called from several goroutines.
+	OnError func(error)
 }
 
 // NIC is a virtio network device.

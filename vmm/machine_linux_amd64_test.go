@@ -114,6 +114,7 @@ func copyMemory(t testing.TB, from *memory.Memory) *memory.Memory {
 
 // worker is a worker guest with its model and device, through any number of VMs.
 type worker struct {
+	more vmm.Hardware // that the machine has besides the guest's device
 	*testvm.Worker
 	content testvm.Content
 	model   *testvm.Model
@@ -145,7 +146,9 @@ func (g *worker) hardware(limit uint64) vmm.Hardware {
 	g.device = testvm.NewDevice(g.Worker, saved, limit, func(testvm.Report) { g.reports.Add(1) })
 	ports := g.device.Ports()
 	ports.Device = g
-	return vmm.Hardware{Ports: []vmm.Ports{ports}}
+	hw := g.more
+	hw.Ports = []vmm.Ports{ports}
+	return hw
 }
 
 // In and Out count accesses: between two reports, a guest that is not told to hold reads one token and

@@ -67,7 +67,7 @@ func (vm *VM) newVirtio(p place) (virtio.Device, error) {
 		vm.balloon = balloon.New(balloon.Config{Memory: deviceMemory{vm}})
 		return vm.balloon, nil
 	case kindVsock:
-		return vsock.New(vsock.Config{CID: uint64(vm.hw.Vsock.CID), Path: vm.hw.Vsock.Path})
+		return configured(vsock.New(vsock.Config{CID: uint64(vm.hw.Vsock.CID), Path: vm.hw.Vsock.Path}))
 	case kindDisk:
 		for _, d := range vm.hw.Disks {
 			if d.Name == name {
@@ -89,7 +89,15 @@ func newDisk(d Disk) (virtio.Device, error) {
 	if serial == "" {
 		serial = d.Name[:min(len(d.Name), 20)]
 	}
-	return blk.New(blk.Config{Disk: d.Device, Serial: serial})
+	return configured(blk.New(blk.Config{Disk: d.Device, Serial: serial, OnError: d.OnError}))
+}
+
+// configured blames the configuration for a device that could not be made.
+func configured[D virtio.Device](dev D, err error) (virtio.Device, error) {
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrConfig, err)
+	}
+	return dev, nil
 }
 
 // newNIC gives the device a descriptor of its own, since it closes it.
@@ -105,13 +113,13 @@ func newNIC(n NIC) (virtio.Device, error) {
 	}
 	tap, err := nic.NewTap(fd)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("%w: %w", ErrConfig, err)
 	}
 	dev, err := nic.New(nic.Config{Tap: tap, MAC: [6]byte(n.MAC), MTU: n.MTU})
 	if err != nil {
-		return nil, errors.Join(err, tap.Close())
+		err = errors.Join(err, tap.Close())
 	}
-	return dev, nil
+	return configured(dev, err)
 }
 
 // connect puts dev at p. It belongs to the VM then, also if it fails.

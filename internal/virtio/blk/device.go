@@ -198,8 +198,18 @@ func (d *Device) Stop(ctx context.Context) error {
 	return nil
 }
 
-// Flush implements virtio.Flusher.
-func (d *Device) Flush(context.Context) error { return d.cfg.Disk.Flush() }
+// Flush implements virtio.Flusher. When ctx ends first, the disk's own flush is left to end by itself, and may still be
+// at it when the device is closed.
+func (d *Device) Flush(ctx context.Context) error {
+	done := make(chan error, 1)
+	go func() { done <- d.cfg.Disk.Flush() }()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
 
 // Reset implements virtio.Device.
 func (d *Device) Reset() { d.queue = nil }
