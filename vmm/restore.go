@@ -134,10 +134,10 @@ func (vm *VM) refused(section string, err error) error {
 	return err
 }
 
+// restoreKVM sets the devices in the kernel. The PIT comes last because setting it starts it: an interrupt that it raises
+// before the PICs have their state would be overwritten there, and never acknowledged; and KVM raises no second
+// one before that (its "reinject" mode).
 func (vm *VM) restoreKVM(s *VMState) error {
-	if err := setABI("PIT", s.PIT, vm.kvm.SetPIT2); err != nil {
-		return err
-	}
 	err := setABI("clock", s.Clock, func(c kvm.ClockData) error {
 		// No flags: the guest's clock goes on from where it stopped, or from where
 		// it would be now. What the kernel reported with it is not taken back.
@@ -165,7 +165,7 @@ func (vm *VM) restoreKVM(s *VMState) error {
 			return err
 		}
 	}
-	return nil
+	return setABI("PIT", s.PIT, vm.kvm.SetPIT2)
 }
 
 // advance is by how many nanoseconds the guest's clock is to move on: not at all,
