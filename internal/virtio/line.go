@@ -31,24 +31,23 @@ const (
 type line struct {
 	send func() error
 
-	mu         sync.Mutex
-	status     uint32
-	pending    uint32 // interrupt status
-	generation uint32 // of the config space
-	err        error  // first failure of send, or why the device needs a reset
-	closed     bool   // nothing is sent any more
+	mu      sync.Mutex
+	status  uint32
+	pending uint32 // interrupt status
+	err     error  // first failure of send, or why the device needs a reset
+	closed  bool   // nothing is sent any more
 }
 
-func (l *line) get() (status, pending, generation uint32) {
+func (l *line) get() (status, pending uint32) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.status, l.pending, l.generation
+	return l.status, l.pending
 }
 
-func (l *line) set(status, pending, generation uint32) {
+func (l *line) set(status, pending uint32) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.status, l.pending, l.generation = status, pending, generation
+	l.status, l.pending = status, pending
 }
 
 // add sets bits of the status for the driver.
@@ -75,7 +74,6 @@ func (l *line) used() {
 func (l *line) configChanged() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.generation++
 	l.raise(interruptConfig)
 }
 

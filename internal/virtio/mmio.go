@@ -51,7 +51,7 @@ const (
 // space may be read in any width.
 func (t *Transport) Read(off uint64, p []byte) {
 	if off >= regConfig {
-		t.dev.ReadConfig(off-regConfig, p)
+		t.config.read(off-regConfig, p)
 		return
 	}
 	clear(p)
@@ -80,17 +80,17 @@ func (t *Transport) register(off uint64) uint32 {
 		return uint32(t.dev.Type())
 	case regVendorID:
 		return vendorID
+	case regGeneration:
+		return t.config.current()
 	case regSHMLen, regSHMLen + 4, regSHMBase, regSHMBase + 4:
 		return 0xffffffff // no such region
 	}
-	status, pending, generation := t.line.get()
+	status, pending := t.line.get()
 	switch off {
 	case regInterrupt:
 		return pending
 	case regStatus:
 		return status
-	case regGeneration:
-		return generation
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -157,7 +157,7 @@ func (t *Transport) queue() *Queue {
 
 // setFeatures sets 32 of the features that the driver accepts. They are fixed once both sides have agreed.
 func (t *Transport) setFeatures(v uint32) {
-	status, _, _ := t.line.get()
+	status, _ := t.line.get()
 	if status&statusFeaturesOK == 0 && t.selected.driverFeatures < 2 {
 		t.features = Feature(withHalf(uint64(t.features), t.selected.driverFeatures, v))
 	}
@@ -171,7 +171,7 @@ func (t *Transport) setStatus(v uint32) {
 		t.reset()
 		return
 	}
-	status, _, _ := t.line.get()
+	status, _ := t.line.get()
 	add := v & statusDrivers &^ status
 	if t.features&^t.offered() != 0 || t.features&FeatureVersion1 == 0 {
 		add &^= statusFeaturesOK

@@ -12,8 +12,8 @@ const StateVersion = 1
 type State struct {
 	Type          DeviceType
 	Status        uint8
-	Interrupt     uint8 // interrupt status
-	Generation    uint32
+	Interrupt     uint8  // interrupt status
+	Generation    uint32 // of the config space
 	DeviceFeatSel uint32
 	DriverFeatSel uint32
 	QueueSel      uint32
@@ -40,9 +40,9 @@ func (t *Transport) Save() (State, error) {
 	case !t.quiesced:
 		return State{}, ErrBusy
 	}
-	status, pending, generation := t.line.get()
+	status, pending := t.line.get()
 	s := State{
-		Type: t.dev.Type(), Status: uint8(status), Interrupt: uint8(pending), Generation: generation,
+		Type: t.dev.Type(), Status: uint8(status), Interrupt: uint8(pending), Generation: t.config.last(),
 		DeviceFeatSel: t.selected.deviceFeatures, DriverFeatSel: t.selected.driverFeatures, QueueSel: t.selected.queue,
 		Features: t.features,
 	}
@@ -79,7 +79,8 @@ func (t *Transport) Restore(s State) error {
 	for i, q := range t.queues {
 		q.restore(s.Queues[i])
 	}
-	t.line.set(uint32(s.Status), uint32(s.Interrupt), s.Generation)
+	t.line.set(uint32(s.Status), uint32(s.Interrupt))
+	t.config.restore(s.Generation)
 	return t.dev.Restore(s.Device)
 }
 

@@ -23,6 +23,7 @@ type Transport struct {
 	bell   Doorbell
 	queues []*Queue
 	line   line
+	config configSpace
 
 	mu       lock // of all below; held while the device is started and stopped
 	selected selectors
@@ -41,7 +42,7 @@ type selectors struct {
 // New puts dev behind registers, in the state that a reset leaves. The Transport takes dev and the doorbell, also
 // when it fails, and Close gives them back.
 func New(dev Device, cfg Config) (*Transport, error) {
-	t := &Transport{dev: dev, bell: cfg.Doorbell, mu: newLock()}
+	t := &Transport{dev: dev, bell: cfg.Doorbell, config: configSpace{dev: dev}, mu: newLock()}
 	t.line.send = cfg.Interrupt
 	for i, max := range dev.QueueSizes() {
 		if !validSize(max) || max > MaxQueueSize {
@@ -84,7 +85,7 @@ func (t *Transport) halt(stop bool) {
 
 // start lets the device work, if the driver is ready and the machine not quiesced. t.mu is held.
 func (t *Transport) start() {
-	status, _, _ := t.line.get()
+	status, _ := t.line.get()
 	if t.started || t.quiesced || t.closed || status&(statusDriverOK|statusNeedsReset) != statusDriverOK {
 		return
 	}

@@ -346,6 +346,28 @@ func TestWriteThrough(t *testing.T) {
 	}
 }
 
+// Discards and writes of zeros are for drivers that have negotiated them, each by itself.
+func TestNotNegotiated(t *testing.T) {
+	for name, c := range map[string]struct {
+		kind   uint32
+		want   virtio.Feature
+		status byte
+	}{
+		"discard":                   {11, all &^ blk.FeatureDiscard, 2},
+		"discard, not zeroes":       {11, all &^ blk.FeatureWriteZeroes, 0},
+		"write zeroes":              {13, all &^ blk.FeatureWriteZeroes, 2},
+		"write zeroes, not discard": {13, all &^ blk.FeatureDiscard, 0},
+	} {
+		k := newDisk(4096)
+		k.mem[0] = 7
+		d := driver(t, blk.Config{Disk: k}, c.want)
+		in, _ := ask(t, d, append(header(c.kind, 0), span(0, 1, 0)...), 1)
+		if in[0] != c.status || (k.mem[0] == 7) != (c.status != 0) {
+			t.Errorf("%s: status %d, want %d; the disk has %d", name, in[0], c.status, k.mem[0])
+		}
+	}
+}
+
 // A pause that gives up on a disk that hangs leaves a device that works on, and can be paused later.
 func TestStuckDisk(t *testing.T) {
 	k := newDisk(4096)
@@ -411,7 +433,7 @@ func TestRestoreOnAnotherDisk(t *testing.T) {
 	if err := device(t, blk.Config{Disk: newDisk(4096)}).Restore(state); err != nil {
 		t.Error(err)
 	}
-	for _, s := range [][]byte{nil, state[1:]} {
+	for _, s := range [][]byte{nil, state[1:], append(state[:len(state):len(state)], 0), append([]byte{2}, state[1:]...)} {
 		if err := device(t, blk.Config{Disk: newDisk(4096)}).Restore(s); !errors.Is(err, virtio.ErrState) {
 			t.Errorf("%d bytes: %v", len(s), err)
 		}
@@ -422,7 +444,7 @@ func TestRestoreOnAnotherDisk(t *testing.T) {
 }
 
 func fresh() virtio.Device {
-	d, err := blk.New(blk.Config{Disk: newDisk(64 << 10)})
+	d, err := blk.New(blk.Config{Disk: newDisk(8 << 10), Workers: 1})
 	if err != nil {
 		panic(err)
 	}

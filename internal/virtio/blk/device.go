@@ -64,8 +64,8 @@ type Device struct {
 	full atomic.Bool
 
 	// Of the worker, and of the transport while the device is stopped.
-	queue        *virtio.Queue
-	writeThrough bool // the driver knows no flushes
+	queue    *virtio.Queue
+	features virtio.Feature // that were negotiated
 }
 
 // New makes a device.
@@ -137,9 +137,7 @@ func (d *Device) WriteConfig(uint64, []byte) {}
 
 // Start implements virtio.Device.
 func (d *Device) Start(features virtio.Feature, queues []*virtio.Queue) {
-	d.queue = queues[0]
-	// A driver that does not know flushes takes a completed write for stable (section 5.2.6.2).
-	d.writeThrough = features&FeatureFlush == 0
+	d.queue, d.features = queues[0], features
 }
 
 // Serve implements virtio.Device. A request is taken only when there is a slot for it: the others stay in the
@@ -151,7 +149,7 @@ func (d *Device) Serve() error {
 			<-d.slots
 			return err
 		}
-		go d.work(d.queue, c, d.writeThrough)
+		go d.work(d.queue, c, d.features)
 	}
 	return nil
 }
@@ -169,8 +167,8 @@ func (d *Device) takeSlot() bool {
 	return false
 }
 
-func (d *Device) work(q *virtio.Queue, c *virtio.Chain, writeThrough bool) {
-	if err := d.serve(q, c, writeThrough); err != nil {
+func (d *Device) work(q *virtio.Queue, c *virtio.Chain, features virtio.Feature) {
+	if err := d.serve(q, c, features); err != nil {
 		d.host.Fail(err)
 	}
 	<-d.slots
@@ -214,21 +212,25 @@ func (d *Device) Flush(ctx context.Context) error {
 // Reset implements virtio.Device.
 func (d *Device) Reset() { d.queue = nil }
 
-// stateSize is the length of what Save returns: the disk's size (8 bytes) and block size (4), little-endian.
-const stateSize = 12
+// stateVersion is the first byte of a saved state. The disk's size (8 bytes) and block size (4) follow, little-endian.
+const (
+	stateVersion = 1
+	stateSize    = 1 + 8 + 4
+)
 
 // Save implements virtio.Device. The size is saved so that the guest does not go on with another disk.
 func (d *Device) Save() ([]byte, error) {
-	b := binary.LittleEndian.AppendUint64(nil, uint64(d.cfg.Disk.Size()))
+	b := binary.LittleEndian.AppendUint64([]byte{stateVersion}, uint64(d.cfg.Disk.Size()))
 	return binary.LittleEndian.AppendUint32(b, uint32(d.cfg.Disk.BlockSize())), nil
 }
 
 // Restore implements virtio.Device.
 func (d *Device) Restore(b []byte) error {
-	if len(b) != stateSize {
-		return virtio.StateErrorf("%d bytes of a block device, want %d", len(b), stateSize)
+	if len(b) != stateSize || b[0] != stateVersion {
+		return virtio.StateErrorf("%d bytes of a block device that begin with %x: want version %d, %d bytes",
+			len(b), b[:min(1, len(b))], stateVersion, stateSize)
 	}
-	size, block := binary.LittleEndian.Uint64(b), binary.LittleEndian.Uint32(b[8:])
+	size, block := binary.LittleEndian.Uint64(b[1:]), binary.LittleEndian.Uint32(b[9:])
 	if size != uint64(d.cfg.Disk.Size()) || block != uint32(d.cfg.Disk.BlockSize()) {
 		return virtio.StateErrorf("the disk had %d bytes in blocks of %d, the one here has %d in blocks of %d",
 			size, block, d.cfg.Disk.Size(), d.cfg.Disk.BlockSize())

@@ -41,14 +41,15 @@ var pieces = sync.Pool{New: func() any { return new([pieceSize]byte) }}
 
 // request is a request being worked on.
 type request struct {
-	d      *Device
-	chain  *virtio.Chain
-	sector uint64
+	d        *Device
+	chain    *virtio.Chain
+	features virtio.Feature // that were negotiated
+	sector   uint64
 }
 
 // serve carries out the request of a chain and gives it back. An error is about the driver or its memory, not about the
 // disk.
-func (d *Device) serve(q *virtio.Queue, c *virtio.Chain, writeThrough bool) error {
+func (d *Device) serve(q *virtio.Queue, c *virtio.Chain, features virtio.Feature) error {
 	if c.Readable.Len() < headerSize || c.Writable.Len() < 1 {
 		return virtio.ProtocolErrorf("a block request has %d bytes to read and %d to write", c.Readable.Len(), c.Writable.Len())
 	}
@@ -56,8 +57,8 @@ func (d *Device) serve(q *virtio.Queue, c *virtio.Chain, writeThrough bool) erro
 	if err := c.Readable.ReadAt(header[:], 0); err != nil {
 		return err
 	}
-	r := &request{d: d, chain: c, sector: binary.LittleEndian.Uint64(header[8:])}
-	written, err := r.do(binary.LittleEndian.Uint32(header[:]), writeThrough)
+	r := &request{d: d, chain: c, features: features, sector: binary.LittleEndian.Uint64(header[8:])}
+	written, err := r.do(binary.LittleEndian.Uint32(header[:]))
 	status := byte(statusOK)
 	switch {
 	case errors.Is(err, errUnsupported):
@@ -85,8 +86,7 @@ func (d *Device) serve(q *virtio.Queue, c *virtio.Chain, writeThrough bool) erro
 }
 
 // do returns how much data it has written for the driver.
-func (r *request) do(kind uint32, writeThrough bool) (int64, error) {
-	readOnly := r.d.cfg.Disk.ReadOnly()
+func (r *request) do(kind uint32) (int64, error) {
 	var err error
 	switch kind {
 	case typeIn:
@@ -96,22 +96,33 @@ func (r *request) do(kind uint32, writeThrough bool) (int64, error) {
 	case typeFlush:
 		return 0, r.diskError(r.d.cfg.Disk.Flush())
 	case typeOut:
-		if readOnly {
+		if r.d.cfg.Disk.ReadOnly() {
 			return 0, errIO
 		}
 		err = r.write()
 	case typeDiscard, typeWriteZeroes:
-		if readOnly {
+		if !r.mayZero(kind) {
 			return 0, errUnsupported
 		}
 		err = r.zero(kind)
 	default:
 		return 0, errUnsupported
 	}
-	if err == nil && writeThrough {
+	// A driver that does not know flushes takes a completed write for stable (section 5.2.6.2).
+	if err == nil && r.features&FeatureFlush == 0 {
 		err = r.diskError(r.d.cfg.Disk.Flush())
 	}
 	return 0, err
+}
+
+// mayZero reports whether the driver has negotiated such requests (section 5.2.6.1). A disk that is read-only does not
+// offer them.
+func (r *request) mayZero(kind uint32) bool {
+	need := FeatureDiscard
+	if kind == typeWriteZeroes {
+		need = FeatureWriteZeroes
+	}
+	return r.features&need != 0
 }
 
 // diskError reports a failure of the disk, of which the driver only learns that it was one.

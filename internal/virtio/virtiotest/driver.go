@@ -196,7 +196,7 @@ func (d *Driver) Wait(ctx context.Context) (uint32, error) {
 	case <-d.irq:
 		return d.ack(), nil
 	case <-ctx.Done():
-		return 0, fmt.Errorf("wait for an interrupt, device status %#x (%v): %w", d.Reg(RegStatus), d.Transport.Err(), context.Cause(ctx))
+		return 0, fmt.Errorf("wait for an interrupt, device status %#x: %w; the device: %w", d.Reg(RegStatus), context.Cause(ctx), d.Transport.Err())
 	}
 }
 
