@@ -205,7 +205,7 @@ func newRunCommand() *cobra.Command {
 		Short: "Boot an image, with its console on the terminal",
 		Long: "Boot a Linux kernel (--kernel: a bzImage or an ELF vmlinux), or a flat 64-bit image\n(--flat).\n\n" +
 			consoleHelp,
-		Example: "  cryovisor run --kernel vmlinuz --initrd initrd.img --memory 512MiB\n" +
+		Example: "  cryovisor run --kernel vmlinuz --initrd initrd.img --memory 512MiB --disk root=disk.img\n" +
 			"  cryovisor run --flat hello.bin --base 0x200000",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -255,7 +255,7 @@ func newResumeCommand() *cobra.Command {
 			"store must stay until the guest ends. Name the guest's disks, network and vsock as\n" +
 			"when it was booted.\n\n" + consoleHelp + "\n\n" +
 			"SNAPSHOT is an id, the beginning of one, or the path of a manifest (*.cryo).",
-		Example: "  cryovisor resume 3f9a",
+		Example: "  cryovisor resume 3f9a --disk root=disk.img",
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			store, id, err := flags.store.find(args[0])

@@ -80,7 +80,7 @@ func (q *Queue) Pop() (*Chain, error) {
 func (q *Queue) waiting() (uint16, error) {
 	idx, err := q.load16(q.driver + ringIndex)
 	if err == nil && idx == q.next && q.eventIdx {
-		if err = q.arm(); err == nil {
+		if err = q.arm(q.next); err == nil {
 			idx, err = q.load16(q.driver + ringIndex)
 		}
 	}
@@ -94,14 +94,28 @@ func (q *Queue) waiting() (uint16, error) {
 	return n, nil
 }
 
+// Available returns how many requests there are to be taken, and has the driver ring when it adds another. Most devices
+// need only Pop.
+func (q *Queue) Available() (int, error) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	idx, err := q.load16(q.driver + ringIndex)
+	if err == nil && q.eventIdx {
+		if err = q.arm(idx); err == nil {
+			idx, err = q.load16(q.driver + ringIndex)
+		}
+	}
+	return int(idx - q.next), err
+}
+
 // arm writes avail_event (section 2.7.10), unless it is right: a resumed machine need not get a dirty page for
 // each idle queue.
-func (q *Queue) arm() error {
+func (q *Queue) arm(position uint16) error {
 	at := q.device + ringStart + usedElement*uint64(q.size)
-	if event, err := q.load16(at); err != nil || event == q.next {
+	if event, err := q.load16(at); err != nil || event == position {
 		return err
 	}
-	return q.store16(at, q.next)
+	return q.store16(at, position)
 }
 
 // Push gives a chain back, with the number of bytes that were written to its device-writable part. Call Notify

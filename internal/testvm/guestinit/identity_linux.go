@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -9,14 +10,16 @@ import (
 )
 
 // entropy is what must differ between clones (random bytes of the kernel and of the machine's own source), and the
-// boot id, which the clones share.
+// boot id, which the clones share. The CID is what the host says.
 func entropy() (string, error) {
 	random := make([]byte, 32)
 	if _, err := unix.Getrandom(random, 0); err != nil {
 		return "", os.NewSyscallError("getrandom", err)
 	}
 	hw, err := hwrng()
-	return fmt.Sprintf("random=%x hwrng=%s boot=%s", random, hw, read("/proc/sys/kernel/random/boot_id")), err
+	cid, cidErr := vsockCID()
+	return fmt.Sprintf("random=%x hwrng=%s boot=%s cid=%s",
+		random, hw, read("/proc/sys/kernel/random/boot_id"), cid), errors.Join(err, cidErr)
 }
 
 // buffered is more than Linux's driver of the machine's source of entropy, and the layer above it, fetch in advance. These

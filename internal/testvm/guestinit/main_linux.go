@@ -90,7 +90,13 @@ func (g *guest) obey(name, arg string) (string, error) {
 	case "vsock-listen":
 		return vsockListen(arg)
 	case "vsock-connect":
-		return vsockConnect(arg)
+		return vsockConnect(arg, false)
+	case "vsock-hold":
+		return vsockConnect(arg, true)
+	case "vsock-end":
+		return vsockEnd(arg)
+	case "tcp-echo":
+		return tcpEcho(arg)
 	case "poweroff":
 		return "", unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)
 	case "reboot":

@@ -67,6 +67,8 @@ type Device struct {
 	conns         map[key]*conn
 	resets        []header // for the guest, in answer to packets of no connection
 	owesReset     bool     // the guest has to be told that all connections are gone
+	told          bool     // it was, and is not known to have done what it has to; see settled
+	eventsLeft    int      // in the event queue when it was told
 	nextPort      uint32   // to try for the next connection from the host
 }
 
@@ -138,7 +140,7 @@ func (d *Device) Reset() {
 	for _, c := range d.conns {
 		d.drop(c)
 	}
-	d.resets, d.owesReset = nil, false
+	d.resets, d.owesReset, d.told = nil, false, false
 }
 
 // Close implements virtio.Device. Host programs get what the guest has sent them, if they take it soon.

@@ -22,5 +22,5 @@
 // No packet is kept between two calls of Serve but in pipes, so a device that is quiesced and goes on in the same
 // process has lost nothing. In a new process there are no connections: the guest is told so by a transport
 // reset event, and whatever it still sends for one of them is answered with a reset. Its listening sockets do not
-// notice. A host program that connects before the guest has seen the event may be reset by it: try again.
+// notice. It gets no packets before it has dealt with the event, so that a host program may connect at once.
 package vsock

@@ -35,10 +35,27 @@ func (d *Device) tellReset() error {
 		return err
 	}
 	event := binary.LittleEndian.AppendUint32(nil, eventTransportReset)
-	if err = chain.Writable.WriteAt(event, 0); err == nil {
-		d.owesReset = false
+	if d.eventsLeft, err = d.event.Available(); err == nil {
+		err = chain.Writable.WriteAt(event, 0)
+	}
+	if err == nil {
+		d.owesReset, d.told = false, true
 	}
 	return complete(d.event, chain, len(event), err, true)
+}
+
+// settled reports whether the guest has no connections of before a restore any more. When Linux comes to the event, it
+// ends all connections that are established, and says nothing of it to the other side: one that it got to know of
+// before that would hang. So it gets no packets until it has put the event's buffer back, which it does when it is done.
+func (d *Device) settled() (bool, error) {
+	if d.told && d.event != nil {
+		n, err := d.event.Available()
+		if err != nil || n <= d.eventsLeft {
+			return false, err
+		}
+	}
+	d.told = false
+	return true, nil
 }
 
 // takeAll takes packets from the guest, until there are none, too many wait for their answer, or it is the other
@@ -63,6 +80,9 @@ func (d *Device) takeAll() (any bool, err error) {
 // giveAll gives the guest packets, until there are none, it has no buffer, or it is the other direction's turn: resets
 // first, then one of each connection in turn.
 func (d *Device) giveAll() (any bool, err error) {
+	if ok, err := d.settled(); err != nil || !ok {
+		return false, err
+	}
 	d.admit()
 	for n := 0; n < queueSize; n++ {
 		var c *conn

@@ -636,6 +636,37 @@ func TestRestoreWithoutBuffer(t *testing.T) {
 	wait()
 }
 
+// TestRestoreWaitsForTheGuest checks that a guest that has not dealt with the event gets no packets: it would forget what
+// they are about when it does.
+func TestRestoreWaitsForTheGuest(t *testing.T) {
+	p := newPeer(t, small())
+	p.pump()
+	p.move()
+	p.d.Idle()
+	event, rx := p.d.Rings[queueEvent], p.d.Rings[queueRX]
+	if n, err := event.Collect(); n != 1 || err != nil || p.resets != 1 {
+		t.Fatalf("%d events, %v", n, err)
+	}
+	// A packet of no connection, to be answered with a reset.
+	p.transmit(p.header(key{7, 1}, opRW), nil)
+	if !p.post(p.outbox[0]) {
+		t.Fatal("no room for a packet")
+	}
+	p.outbox = nil
+	p.must(p.d.Rings[queueTX].Kick())
+	p.d.Idle()
+	if n, err := p.d.Rings[queueTX].Collect(); n != 1 || err != nil {
+		t.Fatalf("%d packets were taken, %v", n, err)
+	}
+	if n, err := rx.Collect(); n != 0 || err != nil {
+		t.Fatalf("%d packets before the guest is done with the event, %v", n, err)
+	}
+	p.until("the reset", func() bool { return len(p.packets) == 1 }) // puts the event's buffer back
+	if p.packets[0].op != opReset {
+		t.Fatalf("%+v", p.packets[0])
+	}
+}
+
 func TestSavedDialIsReset(t *testing.T) {
 	d, err := New(Config{CID: testCID, Path: testPath(t)})
 	if err != nil {
