@@ -4,6 +4,7 @@ package bench
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"runtime"
@@ -42,8 +43,10 @@ type rig struct {
 
 func newRig(b *testing.B, ram, workingSet uint64) *rig {
 	b.Helper()
-	if _, err := vmm.Probe(); err != nil {
+	if _, err := vmm.Probe(); errors.Is(err, vmm.ErrNoKVM) || errors.Is(err, vmm.ErrPermission) {
 		b.Skip(err)
+	} else if err != nil {
+		b.Fatal(err)
 	}
 	dir := os.Getenv("CRYOVISOR_BENCH_DIR")
 	if dir == "" {

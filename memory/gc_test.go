@@ -58,16 +58,21 @@ func gcMain() int {
 	return 0
 }
 
+// mapLazily makes a lazy Memory of o, which keeps its image alive.
+func mapLazily(o *oracle) (*memory.Memory, error) {
+	img, err := memory.NewImage(o.size, o)
+	if err != nil {
+		return nil, err
+	}
+	m, err := img.Map(context.Background(), memory.MapOptions{})
+	return m, errors.Join(err, img.Close())
+}
+
 func faultAndCollect() error {
 	rng := rand.New(rand.NewPCG(7, 7))
 	data := memory.Range{Len: 48 * mib}
 	o := newOracleOf(rng, 1, 1, 64*mib, data)
-	img, err := memory.NewImage(o.size, o)
-	if err != nil {
-		return err
-	}
-	defer img.Close()
-	m, err := img.Map(context.Background(), memory.MapOptions{})
+	m, err := mapLazily(o)
 	if err != nil {
 		return err
 	}
@@ -109,12 +114,7 @@ func discardAndCollect() error {
 	rng := rand.New(rand.NewPCG(8, 8))
 	data := memory.Range{Len: 3 * mib}
 	o := newOracleOf(rng, 8, 4, 4*mib, data)
-	img, err := memory.NewImage(o.size, o)
-	if err != nil {
-		return err
-	}
-	defer img.Close()
-	m, err := img.Map(context.Background(), memory.MapOptions{})
+	m, err := mapLazily(o)
 	if err != nil {
 		return err
 	}

@@ -90,6 +90,15 @@ func (f *foreground) run(ctx context.Context, m *lifecycle.Machine) error {
 	}
 }
 
+// finish runs a guest that was started, unless that failed, and gives it and its devices back.
+func (f *foreground) finish(m *lifecycle.Machine, started error) error {
+	err := started
+	if err == nil {
+		err = f.run(f.cmd.Context(), m)
+	}
+	return errors.Join(err, m.Close(), f.flags.devices.close())
+}
+
 // pause stores the guest. On an error it runs on.
 func (f *foreground) pause(ctx context.Context, m *lifecycle.Machine) error {
 	to, err := f.flags.keys.encryptTo()
@@ -236,11 +245,7 @@ func runGuest(cmd *cobra.Command, flags *guestFlags, boot *bootFlags) error {
 	if err != nil {
 		return errors.Join(err, flags.devices.close())
 	}
-	err = m.VM.Start()
-	if err == nil {
-		err = f.run(cmd.Context(), m)
-	}
-	return errors.Join(err, m.Close(), flags.devices.close())
+	return f.finish(m, m.VM.Start())
 }
 
 func newResumeCommand() *cobra.Command {
@@ -298,9 +303,5 @@ func resumeGuest(cmd *cobra.Command, flags *guestFlags, store *snapshot.Store, i
 	if err != nil {
 		return errors.Join(err, flags.devices.close())
 	}
-	err = m.VM.Resume()
-	if err == nil {
-		err = f.run(cmd.Context(), m)
-	}
-	return errors.Join(err, m.Close(), flags.devices.close())
+	return f.finish(m, m.VM.Resume())
 }

@@ -46,17 +46,23 @@ func vsockEnd(port string) (string, error) {
 	return port + " " + <-vsockEndOf(uint32(n)), nil
 }
 
+// vsockSocket parses a port and makes a socket for it.
+func vsockSocket(port string) (n uint32, fd int, err error) {
+	parsed, err := strconv.ParseUint(port, 10, 32)
+	if err != nil {
+		return 0, -1, err
+	}
+	fd, err = unix.Socket(unix.AF_VSOCK, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	return uint32(parsed), fd, os.NewSyscallError("socket", err)
+}
+
 // vsockListen echoes whatever comes over connections to a port of the guest.
 func vsockListen(port string) (string, error) {
-	n, err := strconv.ParseUint(port, 10, 32)
+	n, fd, err := vsockSocket(port)
 	if err != nil {
 		return "", err
 	}
-	fd, err := unix.Socket(unix.AF_VSOCK, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return "", os.NewSyscallError("socket", err)
-	}
-	if err := unix.Bind(fd, &unix.SockaddrVM{CID: unix.VMADDR_CID_ANY, Port: uint32(n)}); err != nil {
+	if err := unix.Bind(fd, &unix.SockaddrVM{CID: unix.VMADDR_CID_ANY, Port: n}); err != nil {
 		return "", errors.Join(os.NewSyscallError("bind", err), unix.Close(fd))
 	}
 	if err := unix.Listen(fd, 8); err != nil {
@@ -83,38 +89,38 @@ func vsockListen(port string) (string, error) {
 // the connection, or holds it until its end.
 func vsockConnect(arg string, hold bool) (string, error) {
 	port, text, _ := strings.Cut(arg, " ")
-	n, err := strconv.ParseUint(port, 10, 32)
+	n, fd, err := vsockSocket(port)
 	if err != nil {
 		return "", err
 	}
-	fd, err := unix.Socket(unix.AF_VSOCK, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return "", os.NewSyscallError("socket", err)
-	}
 	conn := os.NewFile(uintptr(fd), "vsock")
-	if !hold {
-		defer conn.Close()
+	line, err := vsockAsk(conn, fd, n, text)
+	if err != nil || !hold {
+		return line, errors.Join(err, conn.Close())
 	}
-	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &vsockTimeout); err != nil {
-		return "", os.NewSyscallError("setsockopt", err)
+	go func() {
+		_, err := io.Copy(io.Discard, conn)
+		tellEnd(n, errors.Join(err, conn.Close()))
+	}()
+	return line, nil
+}
+
+// vsockAsk connects, sends a line, and returns the answer, for which it does not wait for ever.
+func vsockAsk(conn *os.File, fd int, port uint32, text string) (string, error) {
+	limit := func(t unix.Timeval) error {
+		return os.NewSyscallError("setsockopt", unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &t))
 	}
-	if err := unix.Connect(fd, &unix.SockaddrVM{CID: unix.VMADDR_CID_HOST, Port: uint32(n)}); err != nil {
+	if err := limit(vsockTimeout); err != nil {
+		return "", err
+	}
+	if err := unix.Connect(fd, &unix.SockaddrVM{CID: unix.VMADDR_CID_HOST, Port: port}); err != nil {
 		return "", os.NewSyscallError("connect", err)
 	}
 	if _, err := conn.WriteString(text + "\n"); err != nil {
 		return "", err
 	}
 	line, err := bufio.NewReader(conn).ReadString('\n')
-	if hold && err == nil {
-		if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{}); err != nil {
-			return "", os.NewSyscallError("setsockopt", err)
-		}
-		go func() {
-			_, err := io.Copy(io.Discard, conn)
-			tellEnd(uint32(n), errors.Join(err, conn.Close()))
-		}()
-	}
-	return strings.TrimSpace(line), err
+	return strings.TrimSpace(line), errors.Join(err, limit(unix.Timeval{}))
 }
 
 // vsockCID is the guest's address as its kernel knows it, or "none".

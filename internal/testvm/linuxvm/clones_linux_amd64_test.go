@@ -27,6 +27,7 @@ func TestLinuxClones(t *testing.T) {
 		origin.until("up ")
 		origin.order("start")
 		origin.steps(1)
+		origin.order("note origin")
 		before := origin.identity()
 		origin.pause()
 
@@ -40,6 +41,10 @@ func TestLinuxClones(t *testing.T) {
 			ids = append(ids, c.identity())
 		}
 		checkIdentities(t, ids)
+		for _, c := range clones {
+			c.wantLast("noted", "done noted origin") // also after the other has written
+			c.order("note " + c.job.Vsock)
+		}
 		for cycle := range 2 {
 			for _, c := range clones {
 				c.steps(1 + uint64(cycle))
@@ -47,6 +52,7 @@ func TestLinuxClones(t *testing.T) {
 			for _, c := range clones {
 				c.pause()
 				c.start()
+				c.wantLast("noted", "done noted "+c.job.Vsock)
 			}
 		}
 		for _, c := range clones {
@@ -97,9 +103,9 @@ func copyFile(to, from string) error {
 }
 
 // identity is what a guest says when it is asked for entropy.
-type identity struct{ random, hwrng, boot string }
+type identity struct{ random, hwrng, boot, cid string }
 
-var identityAnswer = regexp.MustCompile(`random=([0-9a-f]{64}) hwrng=([0-9a-f]{64}) boot=(\S{36})`)
+var identityAnswer = regexp.MustCompile(`random=([0-9a-f]{64}) hwrng=([0-9a-f]{64}) boot=(\S{36}) cid=(\d+)$`)
 
 func (s *saga) identity() identity {
 	s.t.Helper()
@@ -108,17 +114,20 @@ func (s *saga) identity() identity {
 	if m == nil {
 		s.fatalf("the guest says %q", lines)
 	}
-	return identity{m[1], m[2], m[3]}
+	if want := fmt.Sprint(s.job.CID); m[4] != want {
+		s.errorf("the guest has CID %s, want %s", m[4], want)
+	}
+	return identity{m[1], m[2], m[3], m[4]}
 }
 
-// checkIdentities: what is random differs; the boot id shows that these are guests of one boot.
+// checkIdentities: what is random differs, and the CID; the boot id shows that these are guests of one boot.
 func checkIdentities(t *testing.T, ids []identity) {
 	t.Helper()
 	seen := map[string]string{}
 	for i, id := range ids {
-		for what, value := range map[string]string{"getrandom": id.random, "hwrng": id.hwrng} {
+		for what, value := range map[string]string{"getrandom": id.random, "hwrng": id.hwrng, "CID": id.cid} {
 			if who, dup := seen[value]; dup {
-				t.Errorf("%s of guest %d and %s give the same bytes", what, i, who)
+				t.Errorf("%s of guest %d is that of %s: %s", what, i, who, value)
 			}
 			seen[value] = fmt.Sprintf("%s of guest %d", what, i)
 		}
