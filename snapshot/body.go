@@ -66,7 +66,7 @@ func (e extent) end() uint64 { return e.page + uint64(e.count) }
 
 // continues reports whether e goes on exactly where p stops, in the guest and in the chunk.
 func (e extent) continues(p extent) bool {
-	return e.page == p.end() && e.chunk == p.chunk && e.first == p.first+p.count
+	return e.page == p.end() && e.chunk == p.chunk && e.first == p.first+p.count && e.page%diskPages != 0
 }
 
 // chunkTable and extentTable are tables as they are in the body. They are read
@@ -129,6 +129,7 @@ type body struct {
 	extents  extentTable
 	sections []Section // Data points into the parsed bytes
 	mapped   uint64    // guest pages that are not zero
+	blocks   uint64    // blocks of disks
 
 	maxStored, maxPages uint32 // of any chunk
 
@@ -327,6 +328,8 @@ func (p *body) indexExtents(base int) error {
 		switch {
 		case e.count == 0 || e.page > after.page || uint64(e.count) > after.page-e.page:
 			return parseError(ErrFormat, "body", off, "extent %d is empty, or overlaps or follows the next", i)
+		case e.page/diskPages != (e.end()-1)/diskPages:
+			return parseError(ErrFormat, "body", off, "extent %d is in two address spaces", i)
 		case int64(e.chunk) >= int64(len(p.head)):
 			return parseError(ErrFormat, "body", off+12, "extent %d is in chunk %d of %d", i, e.chunk, len(p.head))
 		case after.continues(e):
@@ -339,7 +342,11 @@ func (p *body) indexExtents(base int) error {
 			used++
 		}
 		p.next[i], p.head[e.chunk] = p.head[e.chunk], uint32(i)
-		p.mapped += uint64(e.count)
+		if e.page < diskPages {
+			p.mapped += uint64(e.count)
+		} else {
+			p.blocks += uint64(e.count)
+		}
 		after = e
 	}
 	if used != len(p.head) {
@@ -413,6 +420,8 @@ func (p *body) checkHeader(h *Header, b []byte) error {
 		return parseError(ErrFormat, "header", 68, "%d bytes in packs, the body says %d", h.PackBytes, own)
 	case p.mapped != h.PagesMapped:
 		return parseError(ErrFormat, "header", 84, "%d pages mapped, the body says %d", h.PagesMapped, p.mapped)
+	case p.blocks != h.BlocksMapped:
+		return parseError(ErrFormat, "header", 96, "%d blocks mapped, the body says %d", h.BlocksMapped, p.blocks)
 	}
 	return nil
 }

@@ -123,12 +123,22 @@ func tryBody(t *testing.T, b []byte) {
 // lookup must agree, and stay within bounds.
 func walk(t *testing.T, p *body) {
 	r := &Reader{header: &Header{}, body: p}
-	for at := uint64(0); at < MaxAddress; {
+	for at := uint64(0); at < DiskStride; {
 		start, n, chunk := r.Lookup(at)
 		if start != at || n == 0 || chunk >= r.Chunks() {
 			t.Fatalf("Lookup(%#x) = %#x %#x %d", at, start, n, chunk)
 		}
 		at += n
+	}
+	for d := range MaxDisks {
+		disk := r.Disk(d)
+		for at := int64(0); at < DiskStride; {
+			start, n, chunk, within := disk.Lookup(at)
+			if start != at || n <= 0 || chunk >= r.Chunks() || within < 0 {
+				t.Fatalf("disk %d: Lookup(%#x) = %#x %#x %d %d", d, at, start, n, chunk, within)
+			}
+			at += n
+		}
 	}
 	total := 0
 	for c := range p.head {

@@ -18,9 +18,22 @@ const Version = 1
 // PageSize is the size of a guest page, in bytes.
 const PageSize = 4096
 
-// MaxAddress bounds guest physical addresses: the architectural limit of x86-64
-// (Intel SDM volume 3A, section 4.1.4: MAXPHYADDR is at most 52).
+// MaxAddress bounds the addresses of a snapshot. Guest physical addresses are those
+// below DiskStride; the blocks of disk i have the addresses from DiskAddress(i) on.
 const MaxAddress = 1 << 52
+
+// DiskStride is the size of the address space of each disk, and of guest memory, in
+// bytes.
+const DiskStride = 1 << 48
+
+// MaxDisks is how many disks a snapshot can hold.
+const MaxDisks = MaxAddress/DiskStride - 1
+
+// DiskAddress is where the addresses of disk i begin, for i from 0 up to MaxDisks.
+func DiskAddress(i int) uint64 { return uint64(i+1) * DiskStride }
+
+// diskPages is the first page number that is a disk's.
+const diskPages = DiskStride / PageSize
 
 // Limits of the format. docs/FORMAT.md states them; a reader rejects what exceeds them.
 const (
@@ -55,9 +68,11 @@ type Header struct {
 	Created     time.Time `json:"created"`      // UTC, nanoseconds, not before 1970
 	RAMBytes    uint64    `json:"ram_bytes"`    // guest memory
 	PackBytes   uint64    `json:"pack_bytes"`   // on disk, in the packs that this snapshot wrote
-	PagesStored uint64    `json:"pages_stored"` // guest pages that this snapshot wrote to its packs
+	PagesStored uint64    `json:"pages_stored"` // guest pages and blocks of disks that this snapshot wrote to its packs
 	PagesMapped uint64    `json:"pages_mapped"` // guest pages that are not zero, ancestors' included
-	Packs       []ID      `json:"packs"`        // every pack the snapshot needs, ascending
+	// BlocksMapped is how many blocks of disks the snapshot holds, ancestors' included, in PageSize.
+	BlocksMapped uint64 `json:"blocks_mapped"`
+	Packs        []ID   `json:"packs"` // every pack the snapshot needs, ascending
 }
 
 // marshal returns the header's bytes, the digest at their end included.
@@ -77,7 +92,7 @@ func (h *Header) marshal() []byte {
 	b = le.AppendUint64(b, h.PagesStored)
 	b = le.AppendUint64(b, h.PagesMapped)
 	b = le.AppendUint32(b, uint32(len(h.Packs)))
-	b = le.AppendUint64(b, 0) // reserved
+	b = le.AppendUint64(b, h.BlocksMapped)
 	for _, id := range h.Packs {
 		b = append(b, id[:]...)
 	}
@@ -109,6 +124,8 @@ func parseHeader(b []byte) (*Header, error) {
 		PackBytes:   le.Uint64(b[68:]),
 		PagesStored: le.Uint64(b[76:]),
 		PagesMapped: le.Uint64(b[84:]),
+
+		BlocksMapped: le.Uint64(b[96:]),
 	}
 	for at := headerFixed; at < size-digestBytes; at += idBytes {
 		h.Packs = append(h.Packs, ID(b[at:]))
@@ -151,14 +168,14 @@ func (h *Header) validate(b []byte) error {
 		return parseError(ErrFormat, "header", 36, "snapshot is its own parent")
 	case le.Uint64(b[52:]) > math.MaxInt64:
 		return parseError(ErrFormat, "header", 52, "creation time is before 1970")
-	case h.RAMBytes%PageSize != 0 || h.RAMBytes > MaxAddress:
+	case h.RAMBytes%PageSize != 0 || h.RAMBytes > DiskStride:
 		return parseError(ErrFormat, "header", 60, "guest memory of %d bytes is impossible", h.RAMBytes)
 	case h.PagesMapped > h.RAMBytes/PageSize:
 		return parseError(ErrFormat, "header", 84, "more pages mapped than there are")
 	case le.Uint32(b[92:]) != uint32(len(h.Packs)):
 		return parseError(ErrFormat, "header", 92, "pack count does not match the header's size")
-	case le.Uint64(b[96:]) != 0:
-		return parseError(ErrFormat, "header", 96, "reserved bytes are not zero")
+	case h.BlocksMapped > MaxDisks*diskPages:
+		return parseError(ErrFormat, "header", 96, "more blocks mapped than disks can have")
 	}
 	for i, id := range h.Packs {
 		if id.IsZero() || i > 0 && bytes.Compare(h.Packs[i-1][:], id[:]) >= 0 {

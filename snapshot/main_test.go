@@ -216,7 +216,7 @@ func (l *lab) check(r *Reader, g *guest) {
 func (l *lab) checkLookup(r *Reader, g *guest) {
 	l.t.Helper()
 	mapped := uint64(0)
-	for at := uint64(0); at < MaxAddress; {
+	for at := uint64(0); at < DiskStride; {
 		start, n, c := r.Lookup(at)
 		if start != at || n == 0 || n%PageSize != 0 {
 			l.t.Fatalf("Lookup(%#x) = %#x+%#x", at, start, n)

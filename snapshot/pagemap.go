@@ -7,7 +7,7 @@ import (
 )
 
 // Range is a run of guest memory: a guest physical address and a length, both in
-// bytes and whole pages.
+// bytes and whole pages. (Of a disk, where it is said: see DiskAddress.)
 type Range struct{ GPA, Len uint64 }
 
 // checkRanges checks that ranges are whole pages, ascending and not overlapping,
@@ -20,7 +20,7 @@ func checkRanges(ranges []Range) (uint64, error) {
 			return 0, fmt.Errorf("%w: range %#x+%#x is not made of whole pages", ErrInvalid, r.GPA, r.Len)
 		case r.GPA < end:
 			return 0, fmt.Errorf("%w: range %d at %#x is not after the one before it", ErrInvalid, i, r.GPA)
-		case r.GPA > MaxAddress || r.Len > MaxAddress-r.GPA:
+		case r.GPA > DiskStride || r.Len > DiskStride-r.GPA:
 			return 0, fmt.Errorf("%w: range %#x+%#x is beyond the address space", ErrInvalid, r.GPA, r.Len)
 		}
 		end = r.GPA + r.Len

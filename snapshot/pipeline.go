@@ -17,6 +17,7 @@ type worker struct {
 	pack  *packWriter // nil before the first chunk
 	comp  compressor
 	stage []byte   // pages of a chunk that don't lie together in the guest
+	block []byte   // what was read of a disk
 	runs  []extent // of the chunk being made; first is set, chunk is not
 
 	// Since the last collection by WriteMemory:
@@ -36,10 +37,11 @@ type unit struct {
 	to     int
 }
 
-// job is one call of WriteMemory.
+// job is one call of WriteMemory or WriteDisk.
 type job struct {
 	ctx    context.Context
-	view   View
+	view   View  // nil for a disk
+	disk   *Disk // nil for memory
 	pieces []Range
 	units  []unit
 	next   atomic.Int64
@@ -64,7 +66,7 @@ func (w *Writer) WriteMemory(ctx context.Context, size uint64, ranges []Range, v
 	switch {
 	case err != nil:
 		return err
-	case size%PageSize != 0 || size > MaxAddress:
+	case size%PageSize != 0 || size > DiskStride:
 		return fmt.Errorf("%w: guest memory of %d bytes", ErrInvalid, size)
 	case total > size:
 		return fmt.Errorf("%w: ranges of %d bytes in a guest memory of %d", ErrInvalid, total, size)
@@ -110,9 +112,7 @@ func (j *job) piecesOf(i int) []Range {
 // run lets the workers do all units of j.
 func (w *Writer) run(j *job) error {
 	n := min(w.opts.Workers, len(j.units))
-	for len(w.workers) < n {
-		w.workers = append(w.workers, &worker{w: w, index: len(w.workers)})
-	}
+	w.hire(n)
 	errs := make([]error, n)
 	var wg sync.WaitGroup
 	for i, k := range w.workers[:n] {
@@ -135,6 +135,13 @@ func (w *Writer) run(j *job) error {
 	return nil
 }
 
+// hire makes sure that there are n workers.
+func (w *Writer) hire(n int) {
+	for len(w.workers) < n {
+		w.workers = append(w.workers, &worker{w: w, index: len(w.workers)})
+	}
+}
+
 // collect appends the workers' chunks to the Writer's and returns the extents of
 // j in guest order. Units are in guest order, and so is what each made.
 func (w *Writer) collect(j *job) []extent {
@@ -143,8 +150,12 @@ func (w *Writer) collect(j *job) []extent {
 		base[i] = uint32(len(w.chunks))
 		w.chunks = append(w.chunks, k.chunks...)
 		n += len(k.extents)
-		w.info.PagesStored += k.stored
-		w.info.ZeroPages += k.zero
+		if j.disk == nil {
+			w.info.PagesStored += k.stored
+			w.info.ZeroPages += k.zero
+		} else {
+			w.info.DiskBlocks += k.stored
+		}
 		w.info.Scan += k.scan
 		w.info.Compress += k.compress
 		w.info.Seal += k.seal
@@ -187,7 +198,7 @@ func (k *worker) work(j *job) error {
 // do stores one unit and returns how many bytes of the guest it covers.
 func (k *worker) do(j *job, pieces []Range) (uint64, error) {
 	began := time.Now()
-	plain, bytes, err := k.gather(j.view, pieces)
+	plain, bytes, err := k.gather(j, pieces)
 	scanned := time.Now()
 	k.scan += scanned.Sub(began)
 	if err != nil || len(plain) == 0 {
@@ -204,7 +215,7 @@ func (k *worker) do(j *job, pieces []Range) (uint64, error) {
 // gather returns the pages of pieces that are not zero, together, and notes in
 // k.runs where in the guest they are. If they lie together in the guest, the
 // result is the guest's memory itself, otherwise k.stage.
-func (k *worker) gather(view View, pieces []Range) (plain []byte, total uint64, err error) {
+func (k *worker) gather(j *job, pieces []Range) (plain []byte, total uint64, err error) {
 	k.runs = k.runs[:0]
 	if k.stage == nil {
 		k.stage = make([]byte, 0, k.w.opts.ChunkSize)
@@ -212,16 +223,16 @@ func (k *worker) gather(view View, pieces []Range) (plain []byte, total uint64, 
 	k.stage = k.stage[:0]
 	pages := uint32(0)
 	for i, p := range pieces {
-		mem, err := view(p.GPA, int(p.Len))
+		mem, err := k.bytes(j, p)
 		if err != nil {
-			return nil, 0, fmt.Errorf("guest memory at %#x: %w", p.GPA, err)
-		}
-		if uint64(len(mem)) != p.Len {
-			return nil, 0, fmt.Errorf("%w: view of %#x has %d bytes, not %d", ErrInvalid, p.GPA, len(mem), p.Len)
+			return nil, 0, err
 		}
 		total += p.Len
 		for at := 0; at < len(mem); {
-			end := nonZero(mem, at)
+			end := len(mem)
+			if j.disk == nil || !j.disk.Layered {
+				end = nonZero(mem, at)
+			}
 			if end == at {
 				at += PageSize
 				k.zero++
@@ -239,6 +250,25 @@ func (k *worker) gather(view View, pieces []Range) (plain []byte, total uint64, 
 		}
 	}
 	return k.stage, total, nil
+}
+
+// bytes are the bytes of a piece: the guest's memory itself, or, until the next call, what
+// was read of the disk.
+func (k *worker) bytes(j *job, p Range) ([]byte, error) {
+	if j.disk != nil {
+		if k.block == nil {
+			k.block = make([]byte, k.w.opts.ChunkSize)
+		}
+		return j.disk.read(k.block[:p.Len], p.GPA)
+	}
+	mem, err := j.view(p.GPA, int(p.Len))
+	if err != nil {
+		return nil, fmt.Errorf("guest memory at %#x: %w", p.GPA, err)
+	}
+	if uint64(len(mem)) != p.Len {
+		return nil, fmt.Errorf("%w: view of %#x has %d bytes, not %d", ErrInvalid, p.GPA, len(mem), p.Len)
+	}
+	return mem, nil
 }
 
 var zeroPage [PageSize]byte

@@ -152,32 +152,46 @@ func (r *Reader) Chunks() int64 { return int64(len(r.body.head)) }
 // Lookup describes the run of guest memory around gpa that has one origin: the
 // chunk that holds it, or chunk < 0 for a run that is known to be zero. start
 // and length are in bytes, whole pages, and include gpa. A zero run may extend
-// beyond the guest's RAM, up to MaxAddress, and across holes in it. For a gpa
-// from MaxAddress up, length is 0.
+// beyond the guest's RAM, up to DiskStride, and across holes in it. For a gpa
+// from DiskStride up, length is 0.
 func (r *Reader) Lookup(gpa uint64) (start, length uint64, chunk int64) {
-	if gpa >= MaxAddress {
+	if gpa >= DiskStride {
 		return gpa, 0, -1
 	}
-	t, page := r.body.extents, gpa/PageSize
+	run, chunk := r.body.lookup(gpa / PageSize)
+	return run.page * PageSize, run.pages * PageSize, chunk
+}
+
+// run is consecutive pages of the page map that have one origin.
+type run struct {
+	page, pages uint64
+	first       uint32 // page of the chunk that it starts with, if it is in one
+}
+
+// lookup finds the run around a page, and its chunk, which is -1 for what is in none.
+func (p *body) lookup(page uint64) (run, int64) {
+	t := p.extents
 	n := t.len()
 	after := sort.Search(n, func(i int) bool { return t.at(i).page > page })
-	from, to := uint64(0), uint64(MaxAddress/PageSize)
+	from := page / diskPages * diskPages
+	to := from + diskPages
 	if after > 0 {
 		e := t.at(after - 1)
 		if page < e.end() {
-			return e.page * PageSize, uint64(e.count) * PageSize, int64(e.chunk)
+			return run{e.page, uint64(e.count), e.first}, int64(e.chunk)
 		}
-		from = e.end()
+		from = max(from, e.end())
 	}
 	if after < n {
-		to = t.at(after).page
+		to = min(to, t.at(after).page)
 	}
-	return from * PageSize, (to - from) * PageSize, -1
+	return run{from, to - from, 0}, -1
 }
 
 // Fetch reads and decodes a chunk and calls install for every run of guest pages
 // that the snapshot takes from it, in ascending order of gpa. pages is valid only
-// during the call. An error of install ends Fetch, which returns it.
+// during the call. An error of install ends Fetch, which returns it. A chunk that
+// holds nothing but blocks of disks is not even read.
 //
 // install must not Close the Reader. Errors of storage are a *FileError that
 // names the pack; damage wraps ErrCorrupt.
@@ -193,6 +207,9 @@ func (r *Reader) Fetch(ctx context.Context, chunk int64, install func(gpa uint64
 	if r.closed {
 		return fmt.Errorf("snapshot %v: reader %w", r.header.ID, ErrClosed)
 	}
+	if r.body.extents.at(int(r.body.head[chunk])).page >= diskPages {
+		return nil
+	}
 	buf := r.buffers.Get().(*fetchBuffers)
 	defer r.buffers.Put(buf)
 	plain, err := r.decode(int(chunk), buf)
@@ -201,6 +218,9 @@ func (r *Reader) Fetch(ctx context.Context, chunk int64, install func(gpa uint64
 	}
 	for i := r.body.head[chunk]; i != none; i = r.body.next[i] {
 		e := r.body.extents.at(int(i))
+		if e.page >= diskPages {
+			break
+		}
 		from, size := int(e.first)*PageSize, int(e.count)*PageSize
 		if err := install(e.page*PageSize, plain[from:from+size:from+size]); err != nil {
 			return err

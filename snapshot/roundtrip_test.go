@@ -141,7 +141,7 @@ func TestSparse(t *testing.T) {
 	g.set(4<<30/PageSize, make([]byte, PageSize))
 	g.set(7<<30/PageSize-1, page(rand.New(rand.NewPCG(1, 1))))
 	l.check(l.open(l.mustWrite(g, []Range{{4 << 30, PageSize}, {7<<30 - PageSize, PageSize}}, opts).ID), g)
-	if start, n, c := r.Lookup(MaxAddress); n != 0 || c != -1 || start != MaxAddress {
+	if start, n, c := r.Lookup(DiskStride); n != 0 || c != -1 || start != DiskStride {
 		t.Errorf("Lookup beyond the address space: %#x %#x %d", start, n, c)
 	}
 }
@@ -244,8 +244,8 @@ func TestInvalidArguments(t *testing.T) {
 		"half a page": {{0, 100}},
 		"descending":  {{PageSize, PageSize}, {0, PageSize}},
 		"overlapping": {{0, 2 * PageSize}, {PageSize, PageSize}},
-		"wraps":       {{MaxAddress - PageSize, 1<<64 - PageSize}},
-		"beyond":      {{MaxAddress, PageSize}},
+		"wraps":       {{DiskStride - PageSize, 1<<64 - PageSize}},
+		"beyond":      {{DiskStride, PageSize}},
 		"more":        {{0, 17 * PageSize}},
 	} {
 		_, err := l.write(g, ranges, l.options())

@@ -46,9 +46,9 @@ type Options struct {
 	// Codec is how chunks are compressed, where that makes them smaller; 0
 	// means CodecLZ4.
 	Codec Codec
-	// Progress, if not nil, is told how many of the bytes that WriteMemory was
-	// asked to write are done. It is called from one goroutine at a time and
-	// should return soon.
+	// Progress, if not nil, is told how many of the bytes that a call of WriteMemory
+	// or WriteDisk was asked to write are done. It is called from one goroutine at a
+	// time and should return soon.
 	Progress func(done, total uint64)
 }
 
@@ -63,6 +63,7 @@ type Info struct {
 	StoredBytes uint64 `json:"stored_bytes"` // on disk: the manifest and the packs that this snapshot wrote
 	PagesStored uint64 `json:"pages_stored"` // guest pages written to its packs
 	ZeroPages   uint64 `json:"zero_pages"`   // guest pages given to WriteMemory that were zero
+	DiskBlocks  uint64 `json:"disk_blocks"`  // blocks of disks, of PageSize, written to its packs
 	Chunks      int    `json:"chunks"`       // in the page map, ancestors' included
 
 	// What the stages took. The first three are sums over the workers, so they
@@ -96,6 +97,7 @@ type Writer struct {
 	inherited []packRecord
 	chunks    []chunkRecord
 	extents   []extent
+	zeros     *extent // a chunk of zero pages, if there is one: first is 0
 	info      Info
 }
 
@@ -269,7 +271,7 @@ func (w *Writer) tables() (*Header, *bodyTables) {
 		ID:          w.id,
 		Created:     time.Now().UTC(),
 		RAMBytes:    w.ram,
-		PagesStored: w.info.PagesStored,
+		PagesStored: w.info.PagesStored + w.info.DiskBlocks,
 	}
 	if w.opts.Parent != nil {
 		h.Parent = w.opts.Parent.header.ID
@@ -281,7 +283,11 @@ func (w *Writer) tables() (*Header, *bodyTables) {
 		}
 	}
 	for _, e := range t.extents {
-		h.PagesMapped += uint64(e.count)
+		if e.page < diskPages {
+			h.PagesMapped += uint64(e.count)
+		} else {
+			h.BlocksMapped += uint64(e.count)
+		}
 	}
 	w.info.ID, w.info.RAMBytes, w.info.Chunks = w.id, w.ram, len(t.chunks)
 	return h, t
