@@ -84,10 +84,10 @@ func (r *rig) must(err error) {
 func (r *rig) boot() *lifecycle.Machine {
 	r.b.Helper()
 	d := testvm.NewDevice(r.worker, nil, testvm.NoLimit, func(testvm.Report) { r.reports.Add(1) })
-	m, err := lifecycle.Boot(vmm.Config{
+	m, err := lifecycle.Boot(r.b.Context(), vmm.Config{
 		MemoryBytes: r.worker.Config().Memory, Boot: r.worker.Image().Program(),
 		Hardware: vmm.Hardware{Ports: []vmm.Ports{d.Ports()}},
-	})
+	}, lifecycle.Disks{})
 	r.must(err)
 	mem := m.VM.Memory()
 	r.must(r.worker.Load(r.content, func(gpa uint64, data []byte) error {

@@ -2,11 +2,6 @@
 // block devices behind it.
 package blockdev
 
-import (
-	"errors"
-	"fmt"
-)
-
 // Device is a disk of a fixed size. All offsets and lengths are in bytes and may have any alignment; they must
 // lie within Size, else the error is a *RangeError and nothing is done. All methods may be called from any
 // goroutine at any time.
@@ -42,29 +37,3 @@ type Device interface {
 
 // MinBlockSize is the smallest block size in bytes.
 const MinBlockSize = 512
-
-var (
-	// ErrReadOnly says that a disk was to be changed that was opened for reading only.
-	ErrReadOnly = errors.New("blockdev: the disk is read-only")
-	// ErrNotDisk says that a file can't be a disk: what it is, or its size, does not fit.
-	ErrNotDisk = errors.New("blockdev: not usable as a disk")
-)
-
-// RangeError says that a range is not within the disk.
-type RangeError struct {
-	Op     string
-	Off, N int64
-	Size   int64 // of the disk
-}
-
-func (e *RangeError) Error() string {
-	return fmt.Sprintf("blockdev: %s %d bytes at %d of a disk of %d bytes", e.Op, e.N, e.Off, e.Size)
-}
-
-// CheckRange returns a *RangeError unless n bytes at off are within a disk of size bytes.
-func CheckRange(op string, off, n, size int64) error {
-	if off < 0 || n < 0 || off > size || n > size-off {
-		return &RangeError{Op: op, Off: off, N: n, Size: size}
-	}
-	return nil
-}

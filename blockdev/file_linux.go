@@ -44,6 +44,24 @@ func allocate(f *os.File, mode uint32, off, n int64) error {
 	return err
 }
 
+// lockFile takes the lock of an open file, which ends with the file: ErrInUse if somebody has it.
+func lockFile(f *os.File) error {
+	err := control(f, func(fd int) error { return unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB) })
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		return ErrInUse
+	}
+	return err
+}
+
+// syncDir makes the names in a directory durable.
+func syncDir(dir string) error {
+	f, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
+}
+
 // control makes a system call while f can't be closed.
 func control(f *os.File, call func(fd int) error) error {
 	conn, err := f.SyscallConn()

@@ -27,15 +27,41 @@ type Machine struct {
 
 	origin *snapshot.Reader // what the VM was resumed from, nil if it was booted
 	image  *memory.Image
+	disks  []*machineDisk // in the order of their indices in snapshots
 }
 
-// Boot makes a machine that has not run yet. VM.Start sets it going.
-func Boot(cfg vmm.Config) (*Machine, error) {
-	vm, err := vmm.New(cfg)
-	if err != nil {
-		return nil, err
+// Boot makes a machine that has not run yet. VM.Start sets it going. Its copy-on-write disks come before those of cfg.Hardware.
+// ctx bounds Boot: to find out the identity of a large image takes seconds.
+//
+// Errors, besides those of vmm.New: those of package blockdev for disks, such as blockdev.ErrNotDisk.
+func Boot(ctx context.Context, cfg vmm.Config, disks Disks) (*Machine, error) {
+	m := &Machine{}
+	if err := m.boot(ctx, cfg, disks); err != nil {
+		return nil, errors.Join(fmt.Errorf("boot: %w", err), m.Close())
 	}
-	return &Machine{VM: vm}, nil
+	return m, nil
+}
+
+func (m *Machine) boot(ctx context.Context, cfg vmm.Config, disks Disks) error {
+	if len(disks.Boot) > snapshot.MaxDisks {
+		return fmt.Errorf("%w: %d copy-on-write disks; at most %d", vmm.ErrConfig, len(disks.Boot), snapshot.MaxDisks)
+	}
+	for _, d := range disks.Boot {
+		if err := vmm.CheckDiskName(d.Name); err != nil {
+			return err
+		}
+		disk, err := disks.bootDisk(ctx, d)
+		if disk != nil {
+			m.disks = append(m.disks, disk)
+		}
+		if err != nil {
+			return fmt.Errorf("disk %q: %w", d.Name, err)
+		}
+	}
+	cfg.Hardware = m.hardware(cfg.Hardware, disks.OnError)
+	var err error
+	m.VM, err = vmm.New(cfg)
+	return err
 }
 
 // ResumeOptions are the choices of a resume.
@@ -44,6 +70,8 @@ type ResumeOptions struct {
 	Identities []age.Identity
 	// Hardware connects the machine to this process.
 	Hardware vmm.Hardware
+	// Disks says where the machine's copy-on-write disks are; Disks.Boot is not looked at.
+	Disks Disks
 	// Eager loads all of the memory before the machine runs, instead of each
 	// page when it is touched. It is slower, and works on hosts where
 	// userfaultfd does not.
@@ -60,7 +88,8 @@ type ResumeOptions struct {
 //
 // Errors: those of snapshot.Store.Open; vmm.ErrCPU, vmm.ErrHostMemory and the
 // other host errors of package vmm when this host can't run the machine;
-// vmm.ErrNoUserfaultfd when it can with Eager only.
+// vmm.ErrNoUserfaultfd when it can with Eager only; a *blockdev.BaseError when an image under a disk is not
+// what it was.
 func Resume(ctx context.Context, store *snapshot.Store, id snapshot.ID, opts ResumeOptions) (*Machine, error) {
 	origin, err := store.Open(ctx, id, opts.Identities...)
 	if err != nil {
@@ -78,6 +107,10 @@ func (m *Machine) resume(ctx context.Context, opts ResumeOptions) error {
 	if err != nil {
 		return err
 	}
+	if err := m.resumeDisks(ctx, opts.Disks); err != nil {
+		return err
+	}
+	opts.Hardware = m.hardware(opts.Hardware, opts.Disks.OnError)
 	if err := vmm.CheckHost(state, opts.Hardware); err != nil {
 		return err
 	}
@@ -102,13 +135,39 @@ func (m *Machine) resume(ctx context.Context, opts ResumeOptions) error {
 	return err
 }
 
+// resumeDisks makes the disks that the snapshot has.
+func (m *Machine) resumeDisks(ctx context.Context, disks Disks) error {
+	infos, err := DisksOf(m.origin)
+	if err != nil {
+		return err
+	}
+	for name := range disks.Images {
+		if !slices.ContainsFunc(infos, func(d DiskInfo) bool { return d.Name == name }) {
+			return fmt.Errorf("%w: an image was given for disk %q, which the snapshot does not have", vmm.ErrConfig, name)
+		}
+	}
+	for i, info := range infos {
+		disk, err := disks.resumeDisk(ctx, m.origin, i, info)
+		m.disks = append(m.disks, disk)
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 func readState(r *snapshot.Reader) (*vmm.State, error) {
-	err := r.CheckSections(func(name string, _ uint32) bool { return strings.HasPrefix(name, sectionPrefix) })
+	err := r.CheckSections(func(name string, version uint32) bool {
+		return strings.HasPrefix(name, sectionPrefix) || name == disksSection && version == disksVersion
+	})
 	if err != nil {
 		return nil, err
 	}
 	var sections []vmm.Section
 	for _, s := range r.Sections() {
+		if !strings.HasPrefix(s.Name, sectionPrefix) {
+			continue
+		}
 		sections = append(sections, vmm.Section{Name: s.Name, Version: s.Version, Data: s.Data})
 	}
 	return vmm.ParseState(sections)
@@ -124,12 +183,12 @@ type PauseOptions struct {
 	// Workers is how many goroutines compress and encrypt; 0 lets the snapshot
 	// package choose.
 	Workers int
-	// Progress, if not nil, is told how many bytes of guest memory, of those that
-	// are looked at, are done. It is called from one goroutine at a time.
+	// Progress, if not nil, is told how many bytes of guest memory and of disks, of
+	// those that are looked at, are done. It is called from one goroutine at a time.
 	Progress func(done, total uint64)
 	// Extra, if not nil, is called when the machine stands still, and returns
 	// sections to be stored with the snapshot: what the caller's own devices have
-	// to remember, say. Their names must not begin with "vmm/".
+	// to remember, say. Their names must not begin with "vmm/", nor be "disks".
 	Extra func() ([]snapshot.Section, error)
 }
 
@@ -141,6 +200,8 @@ type Paused struct {
 	// CandidateBytes is the guest memory that was looked at: all that the machine
 	// ever touched, or for a diff what it wrote since its resume.
 	CandidateBytes uint64
+	// DiskBytes is what was looked at of the copy-on-write disks.
+	DiskBytes uint64
 	// Freeze is how long it took to stop the machine and take everything but its
 	// memory. Total is the time until the snapshot was durable. In a pause, the
 	// machine stands still for all of it.
@@ -194,9 +255,12 @@ func (m *Machine) store(ctx context.Context, store *snapshot.Store, opts PauseOp
 	for _, r := range ranges {
 		p.CandidateBytes += r.Len
 	}
+	contents := m.diskContents(parent == nil)
+	p.DiskBytes = contents.bytes
 	p.Freeze = time.Since(began)
+	meter := progress{report: opts.Progress, total: p.CandidateBytes + p.DiskBytes}
 	w, err := store.Create(ctx, snapshot.Options{
-		Recipients: opts.Recipients, Parent: parent, Workers: opts.Workers, Progress: opts.Progress,
+		Recipients: opts.Recipients, Parent: parent, Workers: opts.Workers, Progress: meter.function(),
 	})
 	if err != nil {
 		return Paused{}, err
@@ -211,9 +275,16 @@ func (m *Machine) store(ctx context.Context, store *snapshot.Store, opts PauseOp
 	if err := w.WriteMemory(ctx, mem.Size(), ranges, mem.View); err != nil {
 		return Paused{}, err
 	}
+	for _, disk := range contents.disks {
+		meter.next()
+		if err := w.WriteDisk(ctx, disk); err != nil {
+			return Paused{}, err
+		}
+	}
 	if p.Info, err = w.Commit(ctx); err != nil {
 		return Paused{}, err
 	}
+	contents.durable()
 	p.Total = time.Since(began)
 	return p, nil
 }
@@ -280,8 +351,10 @@ func (m *Machine) sections(extra func() ([]snapshot.Section, error)) ([]snapshot
 	for _, s := range state.Sections() {
 		out = append(out, snapshot.Section{Name: s.Name, Version: s.Version, Critical: true, Data: s.Data})
 	}
-	if extra == nil {
-		return out, nil
+	disks, err := m.diskSection()
+	out = append(out, disks...)
+	if extra == nil || err != nil {
+		return out, err
 	}
 	more, err := extra()
 	return append(out, more...), err
@@ -306,12 +379,17 @@ func (m *Machine) Section(name string) (snapshot.Section, error) {
 }
 
 // Close ends the machine and gives everything back. It may be called more than
-// once.
+// once. The file with what the machine has changed on a disk is removed if a snapshot
+// has all of that; otherwise it stays, flushed, for somebody to use or to remove.
 func (m *Machine) Close() error {
 	var errs []error
 	if m.VM != nil {
 		errs = append(errs, m.VM.Close())
 	}
+	for _, d := range m.disks {
+		errs = append(errs, d.close())
+	}
+	m.disks = nil
 	if m.image != nil {
 		errs = append(errs, m.image.Close())
 	}

@@ -30,6 +30,7 @@ type guest struct {
 	device  *testvm.Device
 	store   *snapshot.Store
 	key     *age.X25519Identity
+	disks   lifecycle.Disks
 	reports atomic.Int64
 }
 
@@ -72,12 +73,12 @@ func (g *guest) hardware(limit uint64) vmm.Hardware {
 
 func (g *guest) boot(t *testing.T, limit uint64) *lifecycle.Machine {
 	t.Helper()
-	m, err := lifecycle.Boot(vmm.Config{
+	m, err := lifecycle.Boot(t.Context(), vmm.Config{
 		MemoryBytes: g.worker.Config().Memory,
 		VCPUs:       g.worker.Config().VCPUs,
 		Boot:        g.worker.Image().Program(),
 		Hardware:    g.hardware(limit),
-	})
+	}, g.disks)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -115,7 +116,7 @@ func (g *guest) pause(t *testing.T, m *lifecycle.Machine) lifecycle.Paused {
 func (g *guest) resume(t *testing.T, id snapshot.ID, eager bool, limit uint64) *lifecycle.Machine {
 	t.Helper()
 	m, err := lifecycle.Resume(t.Context(), g.store, id, lifecycle.ResumeOptions{
-		Identities: []age.Identity{g.key}, Hardware: g.hardware(limit), Eager: eager,
+		Identities: []age.Identity{g.key}, Hardware: g.hardware(limit), Disks: g.disks, Eager: eager,
 	})
 	if errors.Is(err, vmm.ErrNoUserfaultfd) {
 		t.Skip(err)

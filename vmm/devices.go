@@ -16,7 +16,8 @@ type Disk struct {
 	Name string
 	// Device is what is on the disk. It stays the caller's, who closes it after the
 	// VM. When a Pause has returned without an error, all that the guest has
-	// written is on it, durably, and nothing is written before Resume.
+	// written is on it, durably unless it is Captured, and nothing is written before
+	// Resume.
 	Device blockdev.Device
 	// Serial is the serial number that the guest reads, at most 20 bytes; Name, as
 	// much of it as fits, if it is empty.
@@ -24,6 +25,9 @@ type Disk struct {
 	// OnError, if not nil, is told of every operation of Device that failed; the
 	// guest learns only that one did. It is called from several goroutines.
 	OnError func(error)
+	// Captured says that the caller stores what is on the disk with the State, so that
+	// a Pause need not wait until it is durable on Device.
+	Captured bool
 }
 
 // NIC is a virtio network device.
@@ -125,6 +129,9 @@ func (h *Hardware) checkDevices() error {
 	}
 	return nil
 }
+
+// CheckDiskName returns an error that wraps ErrConfig if name can't be Disk.Name.
+func CheckDiskName(name string) error { return checkName(map[string]bool{}, kindDisk, name) }
 
 func checkName(seen map[string]bool, kind, name string) error {
 	const allowed = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_."

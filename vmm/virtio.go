@@ -89,7 +89,7 @@ func newDisk(d Disk) (virtio.Device, error) {
 	if serial == "" {
 		serial = d.Name[:min(len(d.Name), 20)]
 	}
-	return configured(blk.New(blk.Config{Disk: d.Device, Serial: serial, OnError: d.OnError}))
+	return configured(blk.New(blk.Config{Disk: d.Device, Serial: serial, OnError: d.OnError, Captured: d.Captured}))
 }
 
 // configured blames the configuration for a device that could not be made.

@@ -102,7 +102,7 @@ func runStage(ctx context.Context, in stageInput) (out *stageOutput, err error) 
 		return nil, err
 	}
 	if in.Resume.IsZero() {
-		err = s.boot()
+		err = s.boot(ctx)
 	} else {
 		err = s.resume(ctx)
 	}
@@ -175,10 +175,10 @@ func (s *stage) Out(port uint16, data []byte) {
 	s.device.Out(port, data)
 }
 
-func (s *stage) boot() error {
-	m, err := lifecycle.Boot(vmm.Config{
+func (s *stage) boot(ctx context.Context) error {
+	m, err := lifecycle.Boot(ctx, vmm.Config{
 		MemoryBytes: s.in.Memory, VCPUs: s.in.VCPUs, Boot: s.worker.Image().Program(), Hardware: s.hardware(nil),
-	})
+	}, lifecycle.Disks{})
 	if err != nil {
 		return err
 	}

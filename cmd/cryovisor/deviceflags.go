@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -15,7 +14,8 @@ import (
 
 // deviceFlags are the flags that name what is behind a guest's devices. At a resume they name it again.
 type deviceFlags struct {
-	disks, readOnly []string
+	rw, readOnly    []string
+	disks           diskFlags
 	tap, mac, vsock string
 	overcommit      bool
 	advance         bool
@@ -32,17 +32,24 @@ const (
 
 func (d *deviceFlags) add(cmd *cobra.Command) {
 	f := cmd.Flags()
-	f.StringArrayVar(&d.disks, "disk", nil, "a disk, as NAME=FILE of a raw image; once for each disk")
-	f.StringArrayVar(&d.readOnly, "disk-ro", nil, "a disk that the guest can only read, as NAME=FILE")
+	f.StringArrayVar(&d.rw, "disk-rw", nil, "a raw image that the guest writes to and that pauses don't store, as NAME=FILE; once for each")
+	f.StringArrayVar(&d.readOnly, "disk-ro", nil, "a raw image that the guest can only read, as NAME=FILE")
 	f.StringVar(&d.tap, "tap", "", "network: an existing tap interface that you may use")
 	f.StringVar(&d.mac, "mac", "02:00:00:00:00:01", "the network device's address; a resumed guest keeps its own")
 	f.StringVar(&d.vsock, "vsock", "", "a path for the unix socket of the guest's vsock")
 	f.BoolVar(&d.overcommit, "overcommit", false, "allow more guest memory than the host has")
 }
 
-// addResume adds the flags that only a resume has.
+// addBoot adds the flags of a verb that boots.
+func (d *deviceFlags) addBoot(cmd *cobra.Command) {
+	d.add(cmd)
+	d.disks.addBoot(cmd)
+}
+
+// addResume adds the flags of a verb that resumes.
 func (d *deviceFlags) addResume(cmd *cobra.Command) {
 	d.add(cmd)
+	d.disks.addResume(cmd)
 	cmd.Flags().BoolVar(&d.advance, "advance-clock", true, "move the guest's clocks on by the time for which it was paused")
 }
 
@@ -61,11 +68,11 @@ func (d *deviceFlags) open(hw *vmm.Hardware) error {
 		flag     string
 		disks    []string
 		readOnly bool
-	}{{"--disk", d.disks, false}, {"--disk-ro", d.readOnly, true}} {
+	}{{"--disk-rw", d.rw, false}, {"--disk-ro", d.readOnly, true}} {
 		for _, arg := range list.disks {
-			name, file, ok := strings.Cut(arg, "=")
-			if !ok {
-				return fmt.Errorf("%s %q: want NAME=FILE", list.flag, arg)
+			name, file, err := cutName(list.flag, arg, "FILE")
+			if err != nil {
+				return err
 			}
 			disk, err := blockdev.OpenFile(file, blockdev.Options{ReadOnly: list.readOnly})
 			if err != nil {

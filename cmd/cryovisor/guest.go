@@ -214,7 +214,7 @@ func newRunCommand() *cobra.Command {
 		Short: "Boot an image, with its console on the terminal",
 		Long: "Boot a Linux kernel (--kernel: a bzImage or an ELF vmlinux), or a flat 64-bit image\n(--flat).\n\n" +
 			consoleHelp,
-		Example: "  cryovisor run --kernel vmlinuz --initrd initrd.img --memory 512MiB --disk root=disk.img\n" +
+		Example: "  cryovisor run --kernel vmlinuz --initrd initrd.img --memory 512MiB --disk root=debian.qcow2\n" +
 			"  cryovisor run --flat hello.bin --base 0x200000",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -223,7 +223,7 @@ func newRunCommand() *cobra.Command {
 	}
 	boot.add(cmd)
 	flags.add(cmd)
-	flags.devices.add(cmd)
+	flags.devices.addBoot(cmd)
 	return cmd
 }
 
@@ -241,7 +241,11 @@ func runGuest(cmd *cobra.Command, flags *guestFlags, boot *bootFlags) error {
 	if cfg.Hardware, err = f.hardware(); err != nil {
 		return err
 	}
-	m, err := lifecycle.Boot(cfg)
+	disks, err := flags.devices.disks.boot()
+	if err != nil {
+		return errors.Join(err, flags.devices.close())
+	}
+	m, err := lifecycle.Boot(cmd.Context(), cfg, disks)
 	if err != nil {
 		return errors.Join(err, flags.devices.close())
 	}
@@ -257,10 +261,10 @@ func newResumeCommand() *cobra.Command {
 		Use:   "resume SNAPSHOT",
 		Short: "Let a paused guest go on, with its console on the terminal",
 		Long: "Resume a snapshot where it stopped. Memory is read when the guest touches it; the\n" +
-			"store must stay until the guest ends. Name the guest's disks, network and vsock as\n" +
-			"when it was booted.\n\n" + consoleHelp + "\n\n" +
+			"store must stay until the guest ends, and the images under its disks for ever. Name\n" +
+			"its network, vsock, --disk-rw and --disk-ro as when it was booted.\n\n" + consoleHelp + "\n\n" +
 			"SNAPSHOT is an id, the beginning of one, or the path of a manifest (*.cryo).",
-		Example: "  cryovisor resume 3f9a --disk root=disk.img",
+		Example: "  cryovisor resume 3f9a\n  cryovisor resume 3f9a --image root=/images/debian.qcow2",
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			store, id, err := flags.store.find(args[0])
@@ -291,8 +295,12 @@ func resumeGuest(cmd *cobra.Command, flags *guestFlags, store *snapshot.Store, i
 	if err != nil {
 		return err
 	}
+	disks, err := flags.devices.disks.resume()
+	if err != nil {
+		return errors.Join(err, flags.devices.close())
+	}
 	bar := newProgress(cmd.ErrOrStderr(), "loading")
-	opts := lifecycle.ResumeOptions{Identities: ids, Hardware: hw, Eager: eager, Progress: bar.update}
+	opts := lifecycle.ResumeOptions{Identities: ids, Hardware: hw, Disks: disks, Eager: eager, Progress: bar.update}
 	m, err := lifecycle.Resume(cmd.Context(), store, id, opts)
 	if errors.Is(err, vmm.ErrNoUserfaultfd) {
 		f.say("%v; loading all of the memory first", err)

@@ -12,6 +12,7 @@ import (
 	"github.com/dustin/go-humanize"
 	"github.com/spf13/cobra"
 
+	"github.com/cryovisor/cryovisor/lifecycle"
 	"github.com/cryovisor/cryovisor/snapshot"
 	"github.com/cryovisor/cryovisor/vmm"
 )
@@ -57,11 +58,12 @@ SNAPSHOT is an id, the beginning of one, or the path of a manifest (*.cryo).`,
 
 // inspection is what inspect shows. The parts from Machine on need the key.
 type inspection struct {
-	Entry    snapshot.Entry `json:"header"`
-	Verified bool           `json:"verified"` // the header was authenticated with the key
-	Machine  *machineInfo   `json:"machine,omitempty"`
-	Sections []sectionInfo  `json:"sections,omitempty"`
-	Chunks   int64          `json:"chunks,omitempty"`
+	Entry    snapshot.Entry       `json:"header"`
+	Verified bool                 `json:"verified"` // the header was authenticated with the key
+	Machine  *machineInfo         `json:"machine,omitempty"`
+	Sections []sectionInfo        `json:"sections,omitempty"`
+	Disks    []lifecycle.DiskInfo `json:"disks,omitempty"`
+	Chunks   int64                `json:"chunks,omitempty"`
 }
 
 type machineInfo struct {
@@ -116,6 +118,10 @@ func (i *inspection) open(r *snapshot.Reader) error {
 		i.Sections = append(i.Sections, sectionInfo{s.Name, s.Version, s.Critical, len(s.Data)})
 		state = append(state, vmm.Section{Name: s.Name, Version: s.Version, Data: s.Data})
 	}
+	var err error
+	if i.Disks, err = lifecycle.DisksOf(r); err != nil {
+		return err
+	}
 	st, err := vmm.ParseState(state)
 	if err != nil {
 		return err
@@ -141,7 +147,8 @@ func (i *inspection) print(out io.Writer) error {
 	row("created", "%s (%s)", h.Created.Format(time.RFC3339), humanize.Time(h.Created))
 	row("format version", "%d", h.Version)
 	row("guest memory", "%s, %s of it not zero", humanize.IBytes(h.RAMBytes), humanize.IBytes(h.PagesMapped*snapshot.PageSize))
-	row("stored", "%s for %s of memory", humanize.IBytes(i.Entry.StoredBytes()), humanize.IBytes(h.PagesStored*snapshot.PageSize))
+	row("disks", "%s held", humanize.IBytes(h.BlocksMapped*snapshot.PageSize))
+	row("stored", "%s for %s of memory and disks", humanize.IBytes(i.Entry.StoredBytes()), humanize.IBytes(h.PagesStored*snapshot.PageSize))
 	row("packs", "%d", len(h.Packs))
 	if i.Machine == nil {
 		row("key", "none that fits: the header above is not authenticated, and the rest is encrypted")
@@ -150,6 +157,13 @@ func (i *inspection) print(out io.Writer) error {
 	row("chunks", "%d", i.Chunks)
 	for n, c := range i.Machine.VCPUs {
 		row(fmt.Sprintf("vCPU %d", n), "RIP %#x, RSP %#x, CR3 %#x, TSC %d kHz, %d MSRs", c.Regs.RIP, c.Regs.RSP, c.CR3, c.TSC, c.MSRs)
+	}
+	for _, d := range i.Disks {
+		under := "zeros"
+		if d.Base != nil {
+			under = d.Base.Path
+		}
+		row("disk "+d.Name, "%s, on %s", humanize.IBytes(uint64(d.Size)), under)
 	}
 	var names []string
 	for _, s := range i.Sections {

@@ -25,7 +25,7 @@ func newVerifyCommand() *cobra.Command {
 		Short: "Read every byte of a snapshot and say what is damaged",
 		Long: `Read, decrypt and decompress all that a snapshot consists of, the packs that it
 shares with its ancestors included, and say what is damaged and which ranges of
-the guest's memory are lost by it. The exit status is 0 if nothing is, 2 if
+the guest's memory and disks are lost by it. The exit status is 0 if nothing is, 2 if
 something is, and 1 if that could not be found out.
 
 SNAPSHOT is an id, the beginning of one, or the path of a manifest (*.cryo).`,
@@ -83,7 +83,12 @@ func printVerification(out io.Writer, id snapshot.ID, r *snapshot.Report, asJSON
 		for _, d := range damage {
 			fmt.Fprintf(out, "damaged: %s", d.Error)
 			for _, g := range d.Ranges {
-				fmt.Fprintf(out, "\n  lost: guest memory %#x-%#x", g.GPA, g.GPA+g.Len-1)
+				what := "guest memory"
+				if g.GPA >= snapshot.DiskStride {
+					what = fmt.Sprintf("disk %d, bytes", g.GPA/snapshot.DiskStride-1)
+					g.GPA %= snapshot.DiskStride
+				}
+				fmt.Fprintf(out, "\n  lost: %s %#x-%#x", what, g.GPA, g.GPA+g.Len-1)
 			}
 			fmt.Fprintln(out)
 		}

@@ -1,0 +1,16 @@
+package lifecycle
+
+import "github.com/cryovisor/cryovisor/blockdev"
+
+// ParseDisks is what reads the section of disks.
+var ParseDisks = parseDisks
+
+// DiskDevice is a copy-on-write disk of the machine, as the machine sees it.
+func (m *Machine) DiskDevice(name string) blockdev.Device {
+	for _, d := range m.disks {
+		if d.info.Name == name {
+			return d.overlay
+		}
+	}
+	return nil
+}
