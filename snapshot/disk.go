@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"sort"
 )
 
 // Disk is what WriteDisk stores of a disk. Offsets and lengths are in bytes; the
@@ -198,6 +199,44 @@ func (d *DiskReader) Held() []Range {
 			out = append(out, Range{uint64(start), uint64(length)})
 		}
 		off = start + length
+	}
+	return out
+}
+
+// LayerInfo says what of a disk lies in the packs of one snapshot: the one that is read, or
+// an ancestor.
+type LayerInfo struct {
+	Origin ID     `json:"origin"` // the snapshot that stored the blocks
+	Blocks uint64 `json:"blocks"` // of the disk, of PageSize
+	Chunks int    `json:"chunks"` // that hold them
+	Stored uint64 `json:"stored"` // size of these chunks in the packs, in bytes
+}
+
+// Layers says where the blocks of the disk are, in the order of their origins' first chunks.
+func (d *DiskReader) Layers() []LayerInfo {
+	b := d.r.body
+	var out []LayerInfo
+	index, counted := map[ID]int{}, map[uint32]bool{}
+	first := d.base / PageSize
+	from := sort.Search(b.extents.len(), func(i int) bool { return b.extents.at(i).page >= first })
+	for i := from; i < b.extents.len(); i++ {
+		e := b.extents.at(i)
+		if e.page >= first+diskPages {
+			break
+		}
+		c := b.chunks.at(int(e.chunk))
+		origin := b.packs[c.pack].origin
+		at, known := index[origin]
+		if !known {
+			at = len(out)
+			index[origin], out = at, append(out, LayerInfo{Origin: origin})
+		}
+		out[at].Blocks += uint64(e.count)
+		if !counted[e.chunk] {
+			counted[e.chunk] = true
+			out[at].Chunks++
+			out[at].Stored += uint64(c.length)
+		}
 	}
 	return out
 }

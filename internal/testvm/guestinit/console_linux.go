@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"os"
+	"strings"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -30,9 +31,9 @@ func openConsole(name string) (*console, error) {
 	return &console{f: f}, nil
 }
 
-// say writes a line. Nobody could be told if it failed.
+// say writes a line, whose text may be an error of several lines. Nobody could be told if it failed.
 func (c *console) say(format string, args ...any) {
-	line := wire.Line(fmt.Sprintf(format, args...))
+	line := wire.Line(strings.ReplaceAll(fmt.Sprintf(format, args...), "\n", " | "))
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	_, _ = c.f.WriteString(line)

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -19,10 +20,43 @@ const (
 	diskRecords = 4  // that a new file has at most
 )
 
+// othersDirs are not the disk job's.
+var othersDirs = []string{"lost+found", databaseDir}
+
 // hasDisk says whether there is a disk to put load on.
 func hasDisk() bool {
 	_, err := os.Stat(diskDevice)
 	return err == nil
+}
+
+// volume is the mounted disk. It is unmounted when the last job that has taken it has released it.
+type volume struct {
+	mu    sync.Mutex
+	users int
+}
+
+func (v *volume) take() error {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.users == 0 {
+		if err := os.MkdirAll(diskDir, 0o755); err != nil {
+			return err
+		}
+		if err := unix.Mount(diskDevice, diskDir, "ext4", 0, ""); err != nil {
+			return fmt.Errorf("mount %s: %w", diskDevice, err)
+		}
+	}
+	v.users++
+	return nil
+}
+
+func (v *volume) release() error {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.users--; v.users > 0 {
+		return nil
+	}
+	return os.NewSyscallError("unmount "+diskDir, unix.Unmount(diskDir, 0))
 }
 
 // diskFile is a file whose name says what is in it: its id and its version. Every one of its records depends on these
@@ -53,16 +87,11 @@ type disk struct {
 }
 
 // newDisk mounts the disk.
-func newDisk() (job, error) {
-	if err := os.MkdirAll(diskDir, 0o755); err != nil {
+func (v *volume) newDisk() (job, error) {
+	if err := v.take(); err != nil {
 		return nil, err
 	}
-	if err := unix.Mount(diskDevice, diskDir, "ext4", 0, ""); err != nil {
-		return nil, fmt.Errorf("mount %s: %w", diskDevice, err)
-	}
-	return &disk{root: diskDir, done: func() error {
-		return os.NewSyscallError("unmount "+diskDir, unix.Unmount(diskDir, 0))
-	}}, nil
+	return &disk{root: diskDir, done: v.release}, nil
 }
 
 func (d *disk) step(n uint64) (string, error) {
@@ -223,7 +252,7 @@ func (d *disk) checkAll() error {
 		switch {
 		case err != nil:
 			return err
-		case e.IsDir() && e.Name() == "lost+found":
+		case e.IsDir() && slices.Contains(othersDirs, e.Name()):
 			return fs.SkipDir
 		case !e.IsDir() && !want[path]:
 			return fmt.Errorf("%s should not be there", path)

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -38,7 +39,8 @@ type kind struct {
 	begin func() (job, error)
 }
 
-// jobs are what the load consists of; a machine with a disk has that of the disk besides.
+// jobs are what the load consists of; a machine with a disk has that of the disk besides, and of a database if the
+// program for it is there.
 var jobs = []kind{
 	{"files", newFiles},
 	{"unlinked", newUnlinked},
@@ -49,25 +51,44 @@ var jobs = []kind{
 	{"timer", newTimer},
 }
 
-// start sets all jobs going.
-func (g *guest) start() error {
+// kinds are the jobs for this machine.
+func kinds() []kind {
+	if !hasDisk() {
+		return jobs
+	}
+	v := &volume{}
+	all := append(slices.Clone(jobs), kind{"disk", v.newDisk})
+	if hasDatabase() {
+		all = append(all, kind{"db", v.newDatabase})
+	}
+	return all
+}
+
+// start sets the named jobs going, or all if none is named.
+func (g *guest) start(names string) (string, error) {
 	if g.load != nil {
-		return errors.New("the load runs already")
+		return "", errors.New("the load runs already")
 	}
 	l := &load{stop: make(chan struct{})}
-	kinds := jobs
-	if hasDisk() {
-		kinds = append(kinds[:len(kinds):len(kinds)], kind{"disk", newDisk})
+	all := kinds()
+	chosen := strings.Fields(names)
+	for _, name := range chosen {
+		if !slices.ContainsFunc(all, func(k kind) bool { return k.name == name }) {
+			return "", fmt.Errorf("%s: no such job", name)
+		}
 	}
-	for _, j := range kinds {
+	for _, j := range all {
+		if len(chosen) > 0 && !slices.Contains(chosen, j.name) {
+			continue
+		}
 		job, err := j.begin()
 		if err != nil {
-			return fmt.Errorf("%s: %w", j.name, err)
+			return "", fmt.Errorf("%s: %w", j.name, err)
 		}
 		l.done.Go(func() { l.run(g.con, j.name, job) })
 	}
 	g.load = l
-	return nil
+	return names, nil
 }
 
 // stop ends all jobs and says how many steps each has taken.

@@ -79,9 +79,13 @@ func (g *guest) obey(name, arg string) (string, error) {
 	case "warnings":
 		return g.warnings()
 	case "start":
-		return "", g.start()
+		return g.start(arg)
 	case "stop":
 		return g.stop()
+	case "db-check":
+		return g.checkVolume(false)
+	case "db-check-crashed":
+		return g.checkVolume(true)
 	case "entropy":
 		return entropy()
 	case "note":

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 
@@ -93,6 +94,18 @@ func (c *Console) Until(ctx context.Context, prefix string) ([]string, error) {
 			return lines, fmt.Errorf("waiting for %q, the guest says: %s", prefix, line)
 		}
 	}
+}
+
+// Last returns the last line of the guest program that begins with prefix, or none.
+func (c *Console) Last(prefix string) string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, line := range slices.Backward(c.lines) {
+		if strings.HasPrefix(line, prefix) {
+			return line
+		}
+	}
+	return ""
 }
 
 // Take returns the lines of the guest program that have come and that Next has not returned, without waiting.

@@ -22,31 +22,49 @@ import (
 // initFile is the guest program in the lab's working directory.
 const initFile = "guestinit"
 
+// DatabaseProgram is the program for RunWith and Options that has the guest program put load on databases on the
+// machine's disk, and check them.
+const DatabaseProgram = "guestdb"
+
 // Run runs the body of a top-level test where Linux guests can run, as kvmlab.RunTest does, with the guest program at
 // hand. It needs nothing in cfg but the kernels.
 func Run(t *testing.T, cfg kvmlab.Config, body func(t *testing.T, lab *Lab)) {
 	t.Helper()
+	RunWith(t, cfg, nil, body)
+}
+
+// RunWith is Run with more programs at hand, for Options.
+func RunWith(t *testing.T, cfg kvmlab.Config, programs []string, body func(t *testing.T, lab *Lab)) {
+	t.Helper()
 	dir := "."
 	if !kvmlab.Inside() && (kvmlab.Direct() || kvmlab.Available() == nil) {
 		dir = t.TempDir()
-		if err := buildInit(t.Context(), filepath.Join(dir, initFile)); err != nil {
-			t.Fatal(err)
+		for _, name := range append([]string{initFile}, programs...) {
+			if err := buildProgram(t.Context(), dir, name); err != nil {
+				t.Fatal(err)
+			}
+			cfg.Files = append(cfg.Files, kvmlab.File{Path: name, Source: filepath.Join(dir, name)})
 		}
-		cfg.Files = append(cfg.Files, kvmlab.File{Path: initFile, Source: filepath.Join(dir, initFile)})
 	}
 	kvmlab.RunTest(t, cfg, func(t *testing.T) {
-		init, err := os.ReadFile(filepath.Join(dir, initFile))
+		lab, err := openLab(dir)
 		if err != nil {
 			t.Fatal(err)
 		}
-		body(t, &Lab{dir: dir, init: init})
+		body(t, lab)
 	})
 }
 
 // Lab is where Linux guests run, with what they are made of.
 type Lab struct {
-	dir  string // with the guest program
+	dir  string // with the programs
 	init []byte
+}
+
+// openLab is the lab with the programs of a directory.
+func openLab(dir string) (*Lab, error) {
+	init, err := os.ReadFile(filepath.Join(dir, initFile))
+	return &Lab{dir: dir, init: init}, err
 }
 
 // cmdline makes a panic a reset at once.
@@ -62,6 +80,7 @@ type Options struct {
 	Image     io.ReaderAt // nil: the kernel's bzImage
 	ImageSize int64
 	Modules   []string // of the kernel, loaded by the guest program
+	Programs  []string // of RunWith, besides the guest program
 	MemoryMiB int      // 0: 256
 	VCPUs     int      // 0: 1
 	Cmdline   string   // added to the common one
@@ -80,7 +99,11 @@ func (l *Lab) Config(opts Options) (vmm.Config, error) {
 		}
 		opts.Image, opts.ImageSize = bytes.NewReader(image), int64(len(image))
 	}
-	archive, err := initrd(l.init, kernel, opts.Modules...)
+	var programs []string
+	for _, name := range opts.Programs {
+		programs = append(programs, filepath.Join(l.dir, name))
+	}
+	archive, err := initrd(l.init, programs, kernel, opts.Modules...)
 	if err != nil {
 		return vmm.Config{}, err
 	}

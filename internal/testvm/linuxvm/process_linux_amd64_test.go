@@ -10,7 +10,6 @@ import (
 	"net"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"testing"
 
 	"filippo.io/age"
@@ -41,7 +40,7 @@ func TestMain(m *testing.M) {
 // job is what a process of one machine does: it boots the machine or resumes it, and pauses it when it is told to. The
 // console is its standard input and output.
 type job struct {
-	Dir      string // of the guest program
+	Dir      string // of the programs for guests
 	Store    string
 	Identity string
 	Options  Options     // of a machine to be booted
@@ -154,16 +153,16 @@ func (j *job) machine(store *snapshot.Store, identity age.Identity) (*lifecycle.
 		}
 		return m, m.VM.Resume()
 	}
-	init, err := os.ReadFile(filepath.Join(j.Dir, initFile))
+	lab, err := openLab(j.Dir)
 	if err != nil {
 		return nil, err
 	}
-	cfg, err := (&Lab{init: init}).Config(j.Options)
+	cfg, err := lab.Config(j.Options)
 	if err != nil {
 		return nil, err
 	}
 	cfg.Hardware = hw
-	m, err := lifecycle.Boot(cfg)
+	m, err := lifecycle.Boot(context.Background(), cfg, lifecycle.Disks{})
 	if err != nil {
 		return nil, err
 	}

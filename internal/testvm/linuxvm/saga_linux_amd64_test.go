@@ -78,7 +78,20 @@ func newSaga(t *testing.T, lab *Lab, opts Options) *saga {
 func (s *saga) useDisk(mib int64) {
 	s.t.Helper()
 	s.job.Disk = newDisk(s.t, mib)
-	s.names = slices.Sorted(slices.Values(append(slices.Clone(logNames), "disk")))
+	s.addLog("disk")
+}
+
+// useImage gives the machine, which has not been booted, a disk that another machine has left.
+func (s *saga) useImage(path string) { s.job.Disk = path }
+
+// useDatabase has the load use databases on the disk, with a log of it.
+func (s *saga) useDatabase() {
+	s.job.Options.Programs = append(s.job.Options.Programs, DatabaseProgram)
+	s.addLog("db")
+}
+
+func (s *saga) addLog(name string) {
+	s.names = slices.Sorted(slices.Values(append(slices.Clone(s.names), name)))
 }
 
 // useVsock gives the machine, which has not been booted, a socket device.
@@ -279,7 +292,7 @@ func (s *saga) count(name string) uint64 {
 }
 
 // finish ends the load, for which the guest checks all that it holds, and the machine. What the guest counted must be
-// what came, and its kernel must have found no fault.
+// what came.
 func (s *saga) finish() {
 	s.t.Helper()
 	stop := s.order("stop")
@@ -291,6 +304,12 @@ func (s *saga) finish() {
 	if slices.Sort(got); !slices.Equal(got, want) {
 		s.errorf("the guest counts %q, here came %q", got, want)
 	}
+	s.powerOff()
+}
+
+// powerOff ends the machine, whose kernel must have found no fault, and waits until its process has ended.
+func (s *saga) powerOff() {
+	s.t.Helper()
 	if warnings := Warnings(s.order("warnings")); len(warnings) > 0 {
 		s.errorf("the kernel warns: %q", warnings)
 	}
@@ -300,5 +319,10 @@ func (s *saga) finish() {
 	s.tell("poweroff")
 	if r, err := s.report(); err != nil || !strings.Contains(r.Ended, "powered off") {
 		s.errorf("the machine's end: %+v, %v", r, err)
+	}
+	err := s.proc.end()
+	s.proc = nil
+	if err != nil {
+		s.errorf("the machine's process: %v", err)
 	}
 }
