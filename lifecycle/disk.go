@@ -130,7 +130,7 @@ func (m *machineDisk) openLayer(
 	if want := m.info.Base; want != nil {
 		identity := want.Identity()
 		if err := m.openImage(ctx, cmp.Or(path, want.Path), &identity, dir); err != nil {
-			return nil, fmt.Errorf("the image under disk %q: %w", m.info.Name, err)
+			return nil, fmt.Errorf("the image under disk %q (if it has moved, say where it is): %w", m.info.Name, err)
 		}
 	} else if path != "" {
 		return nil, fmt.Errorf("%w: disk %q has no image under it, and %s was given", blockdev.ErrNotDisk, m.info.Name, path)

@@ -111,6 +111,15 @@ func (m *Machine) diskSection() ([]snapshot.Section, error) {
 	return []snapshot.Section{{Name: disksSection, Version: disksVersion, Critical: true, Data: data}}, err
 }
 
+// Overlays are the files with what the machine has changed on its disks; Close says which of them it removes.
+func (m *Machine) Overlays() []string {
+	var out []string
+	for _, d := range m.disks {
+		out = append(out, d.overlay.Path())
+	}
+	return out
+}
+
 // Disks are the copy-on-write disks of the machine.
 func (m *Machine) Disks() []DiskInfo {
 	var out []DiskInfo

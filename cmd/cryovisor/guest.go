@@ -96,7 +96,14 @@ func (f *foreground) finish(m *lifecycle.Machine, started error) error {
 	if err == nil {
 		err = f.run(f.cmd.Context(), m)
 	}
-	return errors.Join(err, m.Close(), f.flags.devices.close())
+	overlays := m.Overlays()
+	err = errors.Join(err, m.Close(), f.flags.devices.close())
+	for _, file := range overlays {
+		if _, missing := os.Stat(file); missing == nil {
+			f.say("what the guest has written to a disk is in %s", file)
+		}
+	}
+	return err
 }
 
 // pause stores the guest. On an error it runs on.

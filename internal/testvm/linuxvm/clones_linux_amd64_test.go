@@ -1,11 +1,8 @@
 package linuxvm
 
 import (
-	"errors"
 	"fmt"
-	"io"
 	"os"
-	"path/filepath"
 	"regexp"
 	"testing"
 	"time"
@@ -13,8 +10,8 @@ import (
 	"github.com/cryovisor/cryovisor/internal/testvm/kvmlab"
 )
 
-// TestLinuxClones resumes one snapshot in two processes at once, each with a copy of the disk, and lets both live on through
-// pauses of their own. The kernel is one that knows generation IDs.
+// TestLinuxClones resumes one snapshot in two processes at once, with one image under their disks, and lets both live on
+// through pauses of their own. The kernel is one that knows generation IDs.
 func TestLinuxClones(t *testing.T) {
 	cfg := labConfig
 	cfg.Kernels = []string{kvmlab.Generic}
@@ -57,14 +54,14 @@ func TestLinuxClones(t *testing.T) {
 		}
 		for _, c := range clones {
 			c.finish()
-			if err := checkDisk(t, c.job.Disk); err != nil {
+			if err := checkDisk(t, c.leftDisk()); err != nil {
 				t.Error(err)
 			}
 		}
 	})
 }
 
-// clone makes a saga that goes on from the last pause of s by itself, with a disk of its own and another CID.
+// clone makes a saga that goes on from the last pause of s by itself, with another CID.
 func (s *saga) clone(name string, cid uint32) *saga {
 	s.t.Helper()
 	c := &saga{t: s.t, names: s.names, job: s.job, logs: cloneLogs(s.saved.logs), echoes: nil}
@@ -80,26 +77,9 @@ func (s *saga) clone(name string, cid uint32) *saga {
 		c.input.r.Close()
 		c.input.w.Close()
 	})
-	c.job.Disk = filepath.Join(s.t.TempDir(), "disk")
-	if err := copyFile(c.job.Disk, s.job.Disk); err != nil {
-		s.fatalf("%v", err)
-	}
+	c.job.DiskDir = s.t.TempDir()
 	c.useVsock(cid)
 	return c
-}
-
-func copyFile(to, from string) error {
-	in, err := os.Open(from)
-	if err != nil {
-		return err
-	}
-	defer in.Close()
-	out, err := os.Create(to)
-	if err != nil {
-		return err
-	}
-	_, err = io.Copy(out, in)
-	return errors.Join(err, out.Close())
 }
 
 // identity is what a guest says when it is asked for entropy.

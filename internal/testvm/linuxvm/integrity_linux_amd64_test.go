@@ -55,7 +55,7 @@ func testIntegrity(t *testing.T, lab *Lab, opts Options, cycles int) {
 	if !slices.Equal(s.echoes, asked) {
 		t.Errorf("the guest answers %q, want %q", s.echoes, asked)
 	}
-	if err := checkDisk(t, s.job.Disk); err != nil {
+	if err := checkDisk(t, s.leftDisk()); err != nil {
 		t.Error(err)
 	}
 }

@@ -2,6 +2,7 @@ package linuxvm
 
 import (
 	"math/rand/v2"
+	"os"
 	"slices"
 	"testing"
 	"time"
@@ -27,8 +28,9 @@ const (
 func TestLinuxKill(t *testing.T) {
 	cfg := labConfig
 	cfg.TimeLimit = 20 * time.Minute
-	Run(t, cfg, func(t *testing.T, lab *Lab) {
-		s := newSaga(t, lab, Options{Kernel: kvmlab.Cloud})
+	Run(t, withE2fs(t, cfg), func(t *testing.T, lab *Lab) {
+		s := newSaga(t, lab, Options{Kernel: kvmlab.Cloud, Modules: deviceModules(kvmlab.Cloud)})
+		s.useDisk(64)
 		s.start()
 		s.until("up ")
 		s.order("start")
@@ -54,6 +56,9 @@ func TestLinuxKill(t *testing.T) {
 		s.start()
 		s.steps(1)
 		s.finish()
+		if err := checkDisk(t, s.leftDisk()); err != nil {
+			t.Error(err)
+		}
 	})
 }
 
@@ -137,6 +142,11 @@ func (s *saga) tidy() {
 	}
 	if _, err := store.Collect(s.t.Context()); err != nil {
 		s.fatalf("%v", err)
+	}
+	for _, file := range s.overlays() {
+		if err := os.Remove(file); err != nil {
+			s.fatalf("%v", err)
+		}
 	}
 }
 

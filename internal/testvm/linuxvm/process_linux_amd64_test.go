@@ -16,7 +16,6 @@ import (
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
-	"github.com/cryovisor/cryovisor/blockdev"
 	"github.com/cryovisor/cryovisor/lifecycle"
 	"github.com/cryovisor/cryovisor/snapshot"
 	"github.com/cryovisor/cryovisor/vmm"
@@ -48,7 +47,8 @@ type job struct {
 	Eager    bool
 
 	// What is behind the machine's devices.
-	Disk         string // file with the disk, or none
+	Disk         string // image under the copy-on-write disk, or none
+	DiskDir      string // where the machine's changes to it are
 	Vsock        string // path of the host's socket, or none
 	CID          uint32 // of the guest, with Vsock
 	Tap          string // name of an interface, or none
@@ -146,7 +146,7 @@ func (j *job) machine(store *snapshot.Store, identity age.Identity) (*lifecycle.
 	}
 	if j.ID != (snapshot.ID{}) {
 		m, err := lifecycle.Resume(context.Background(), store, j.ID, lifecycle.ResumeOptions{
-			Identities: []age.Identity{identity}, Hardware: hw, Eager: j.Eager,
+			Identities: []age.Identity{identity}, Hardware: hw, Disks: j.disks(), Eager: j.Eager,
 		})
 		if err != nil {
 			return nil, err
@@ -162,12 +162,24 @@ func (j *job) machine(store *snapshot.Store, identity age.Identity) (*lifecycle.
 		return nil, err
 	}
 	cfg.Hardware = hw
-	m, err := lifecycle.Boot(context.Background(), cfg, lifecycle.Disks{})
+	m, err := lifecycle.Boot(context.Background(), cfg, j.disks())
 	if err != nil {
 		return nil, err
 	}
 	return m, m.VM.Start()
 }
+
+// disks says what the machine's disk is on.
+func (j *job) disks() lifecycle.Disks {
+	d := lifecycle.Disks{Dir: j.DiskDir}
+	if j.Disk != "" {
+		d.Boot = []lifecycle.Disk{{Name: diskName, Image: j.Disk}}
+	}
+	return d
+}
+
+// diskName is the name of a machine's disk.
+const diskName = "data"
 
 // hardware opens what is behind the machine's devices, for as long as the process lives.
 func (j *job) hardware() (vmm.Hardware, error) {
@@ -175,13 +187,6 @@ func (j *job) hardware() (vmm.Hardware, error) {
 		Console:         vmm.Console{In: os.NewFile(0, "console input"), Out: os.Stdout},
 		AllowOvercommit: true,
 		AdvanceClock:    j.AdvanceClock,
-	}
-	if j.Disk != "" {
-		disk, err := blockdev.OpenFile(j.Disk, blockdev.Options{})
-		if err != nil {
-			return hw, err
-		}
-		hw.Disks = []vmm.Disk{{Name: "data", Device: disk}}
 	}
 	if j.Vsock != "" {
 		hw.Vsock = &vmm.Vsock{CID: j.CID, Path: j.Vsock}

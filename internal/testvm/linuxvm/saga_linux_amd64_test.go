@@ -61,7 +61,7 @@ func newSaga(t *testing.T, lab *Lab, opts Options) *saga {
 	s := &saga{
 		t: t, names: logNames, logs: wire.Logs{},
 		console: NewConsole(func(line string) { t.Logf("%6.2fs %s", time.Since(begin).Seconds(), line) }),
-		job:     job{Dir: dir, Store: t.TempDir(), Identity: identity.String(), Options: opts},
+		job:     job{Dir: dir, Store: t.TempDir(), DiskDir: t.TempDir(), Identity: identity.String(), Options: opts},
 	}
 	if s.input.r, s.input.w, err = os.Pipe(); err != nil {
 		t.Fatal(err)
