@@ -129,7 +129,9 @@ func (m *blockMap) load(file io.ReaderAt, at int64) error {
 				return fmt.Errorf("%w: its map has a block in no known state, near block %d",
 					ErrOverlay, (page*wordsPerPage+i)*blocksPerWord)
 			}
-			m.words[page*wordsPerPage+i].Store(word)
+			if word != 0 { // else, most of a map stays memory that was never touched
+				m.words[page*wordsPerPage+i].Store(word)
+			}
 		}
 	}
 	return nil

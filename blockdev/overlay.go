@@ -118,6 +118,10 @@ func loadOverlay(file storage, path string, lower Device) (*Overlay, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open overlay %s: %w", path, err)
 	}
+	// Before there is a map of the size that the header says.
+	if n, err := file.ReadAt(make([]byte, 1), head.fileSize()-1); n == 0 {
+		return nil, fmt.Errorf("open overlay %s: %w: it is cut off: %w", path, ErrOverlay, err)
+	}
 	o, err := joinOverlay(file, path, lower, head)
 	if err != nil {
 		return nil, err

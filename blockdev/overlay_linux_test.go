@@ -353,6 +353,9 @@ func FuzzOverlay(f *testing.F) {
 		if _, err := m.WriteAt(rest, 4096); err != nil {
 			t.Fatal(err)
 		}
+		if err := m.Truncate(1 << 20); err != nil {
+			t.Fatal(err)
+		}
 		o, err := blockdev.OpenOverlayIn(m, nil)
 		if err != nil {
 			if !errors.Is(err, blockdev.ErrOverlay) && !errors.Is(err, blockdev.ErrVersion) && !errors.Is(err, blockdev.ErrNotDisk) {
@@ -361,8 +364,11 @@ func FuzzOverlay(f *testing.F) {
 			return
 		}
 		p := make([]byte, min(o.Size(), 1<<20))
-		_, _ = o.ReadAt(p, 0) // the file may be shorter
-		_, _ = o.ReadAt(p, o.Size()-int64(len(p)))
+		for _, off := range []int64{0, o.Size() - int64(len(p))} {
+			if _, err := o.ReadAt(p, off); err != nil {
+				t.Fatal(err)
+			}
+		}
 		_, _ = o.Changes()
 	})
 }

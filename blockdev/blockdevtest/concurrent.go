@@ -26,6 +26,10 @@ func concurrentSuite(t *testing.T, newDisk maker, run runner) {
 			return concurrent(t, d, rng, cutClose(rng, around(place.at, int64(len(d.Content)))))
 		})
 	}
+	run(t, "concurrent/blocks", func(t *testing.T) error {
+		d, rng := newDisk(t), seeded(0, 6)
+		return concurrent(t, d, rng, cutBlocks(around(64<<10, int64(len(d.Content)))))
+	})
 	run(t, "concurrent/everywhere", func(t *testing.T) error {
 		d, rng := newDisk(t), seeded(0, 3)
 		return concurrent(t, d, rng, cutWide(rng, int64(len(d.Content))))
@@ -42,8 +46,8 @@ func around(place, size int64) extent {
 	return extent{from, to}
 }
 
-// concurrent has writers work at the same time, each in pieces of its own, while readers read what nobody writes. A piece keeps
-// what its writer made of it whatever happens to its neighbours.
+// concurrent has writers work at the same time, each in pieces of its own, while readers read what nobody writes. A
+// piece keeps what its writer made of it whatever happens to its neighbours.
 func concurrent(t *testing.T, d Disk, rng *rand.Rand, pieces []extent) error {
 	whole := newModel(d.Content)
 	models := divide(rng, whole, pieces, writers+1)

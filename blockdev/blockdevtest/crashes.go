@@ -13,18 +13,18 @@ import (
 )
 
 const (
-	crashTrials      = 60
-	generations      = 5 // crashes of a trial
+	crashTrials      = 60 // with as many at work
+	generations      = 3  // crashes of a trial
 	stepsOfCrashes   = 30
 	mixCrashes       = "rrwwwwwwddzzff"
-	crashLimit       = 40 << 10
+	crashLimit       = 40 << 10 // bytes of an operation, divided by those at work
 	mostOpsTillCrash = 150
 )
 
 func crashSuite(t *testing.T, f faultTest, run runner) {
 	for _, workers := range []int{1, 3} {
 		run(t, fmt.Sprintf("crashes/%d at a time", workers), func(t *testing.T) error {
-			for seed := range uint64(crashTrials / 2) {
+			for seed := range uint64(crashTrials) {
 				err := scoped(t, strconv.FormatUint(seed, 10), func(t *testing.T) error {
 					return newCrashTrial(t, f, seed, workers).run(t)
 				})
@@ -59,34 +59,29 @@ func newCrashTrial(t *testing.T, f faultTest, seed uint64, workers int) *crashTr
 	return c
 }
 
-// light has every operation of the medium fail, after some syncs and then some more operations of any kind.
-func (c *crashTrial) light(syncs, fuse int) {
+// light has the host crash in the operation of the medium that is the last of some, of which only syncs count if so said.
+func (c *crashTrial) light(fuse int, syncs bool) {
 	burnt := &atomic.Bool{}
 	c.burnt = burnt
 	c.medium.SetHook(func(op Op) *Fault {
-		switch {
-		case burnt.Load():
-		case syncs > 0:
-			if op.Kind == OpSync {
-				syncs--
-			}
-			return nil
-		case fuse > 0:
+		if !syncs || op.Kind == OpSync {
 			fuse--
-			return nil
-		default:
-			burnt.Store(true)
 		}
+		if fuse > 0 {
+			return nil
+		}
+		burnt.Store(true)
 		return &Fault{Err: ErrCrashed}
 	})
 }
 
 func (c *crashTrial) run(t *testing.T) error {
 	for generation := range generations {
-		if generation%2 == 0 {
-			c.light(0, c.rng.IntN(mostOpsTillCrash))
+		// Half of them in a Flush, where most can go wrong.
+		if c.rng.IntN(2) == 0 {
+			c.light(1+c.rng.IntN(12), true)
 		} else {
-			c.light(1+c.rng.IntN(6), c.rng.IntN(6)) // within a Flush, or soon after
+			c.light(1+c.rng.IntN(mostOpsTillCrash), false)
 		}
 		if err := c.work(generation == 0); err != nil {
 			return fmt.Errorf("generation %d: %w", generation, err)
@@ -109,7 +104,8 @@ func (c *crashTrial) run(t *testing.T) error {
 func (c *crashTrial) work(first bool) error {
 	var g errgroup.Group
 	for i, m := range c.models {
-		w := &worker{dev: c.dev, model: m, rng: seeded(c.rng.Uint64(), uint64(i)), limit: crashLimit, mayFail: c.burnt.Load}
+		limit := crashLimit / int64(len(c.models))
+		w := &worker{dev: c.dev, model: m, rng: seeded(c.rng.Uint64(), uint64(i)), limit: limit, mayFail: c.burnt.Load}
 		g.Go(func() error {
 			// Mostly, something is to be kept.
 			if first && w.rng.IntN(4) > 0 {
@@ -135,7 +131,7 @@ func (c *crashTrial) work(first bool) error {
 func (c *crashTrial) reopen(t *testing.T) error {
 	c.medium = c.medium.Crash(c.rng)
 	if c.rng.IntN(4) == 0 {
-		c.light(0, c.rng.IntN(8))
+		c.light(1+c.rng.IntN(8), false)
 		if _, err := c.open(t, c.medium); err != nil && !c.burnt.Load() {
 			return fmt.Errorf("open again: %w", err)
 		}

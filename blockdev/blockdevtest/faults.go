@@ -10,9 +10,9 @@ import (
 	"github.com/cryovisor/cryovisor/blockdev"
 )
 
-// RunFaults tests disks that lie in a file, whose file fails or whose host crashes. newDisk makes a disk of an empty file, and open
-// opens what newDisk made in it, with its own t.Cleanup for Close; an error of Close means nothing, since the file may
-// have crashed. The disk should be small, as some hundred KiB: hundreds are made.
+// RunFaults tests disks that lie in a file, whose file fails or whose host crashes. newDisk makes a disk of an empty
+// file, and open opens what newDisk made in it, with its own t.Cleanup for Close; an error of Close means nothing, since
+// the file may have crashed. The disk should be small, as some hundred KiB: hundreds are made.
 //
 // Until a Flush has returned nil nothing need be left of a disk: open may fail.
 func RunFaults(
@@ -33,6 +33,9 @@ func faultSuite(t *testing.T, f faultTest, run runner) {
 	var trace []OpKind
 	run(t, "faults/none", func(t *testing.T) (err error) {
 		trace, err = f.sequence(t, 0, noFault)
+		if err == nil && len(trace) == 0 {
+			err = errors.New("it does not use its file")
+		}
 		return err
 	})
 	for _, plan := range plans() {
@@ -114,8 +117,8 @@ func (p plan) hook(step int, trace *[]OpKind) func(Op) *Fault {
 // sequenceOfFaults is what is done to each disk: w writes, d discards, z writes zeroes, r reads, f flushes.
 const sequenceOfFaults = "wwdrfwzwrwwfrdwzrwdfwwrzwdrwfwrf"
 
-// sequence does the same operations on a new disk each time, with those of the file failing as planned from a step on. What it
-// returns is a disk that read as it must not, then or after it was opened again.
+// sequence does the same operations on a new disk each time, with those of the file failing as planned from a step on.
+// What it returns is a disk that read as it must not, then or after it was opened again.
 func (f faultTest) sequence(t *testing.T, step int, p plan) (trace []OpKind, err error) {
 	m := NewMedium()
 	d := f.newDisk(t, m)

@@ -14,8 +14,8 @@ import (
 	"syscall"
 )
 
-// ErrCrashed is what operations of a Medium fail with after Crash. A hook that says it for every operation from one on has the host
-// crash at that one: what a later Crash leaves is of before.
+// ErrCrashed is what operations of a Medium fail with after Crash. A hook that says it for every operation from one on
+// has the host crash at that one: what a later Crash leaves is of before.
 var ErrCrashed = errors.New("blockdevtest: the host has crashed")
 
 // OpKind is what an operation of a Medium does.
@@ -76,9 +76,9 @@ func (f *Fault) ranges(e extent) []extent {
 // sectorBytes is what a crash leaves as a whole, as disks do.
 const sectorBytes = 512
 
-// A Medium is a file in memory that can fail, and that a host crash can befall. A write reaches the page cache, which reads see;
-// only a Sync brings it to the disk, which a crash leaves. Holes and what was never written are zeros. Its errors are
-// those of os.File, or what a hook gives.
+// A Medium is a file in memory that can fail, and that a host crash can befall. A write reaches the page cache, which
+// reads see; only a Sync brings it to the disk, which a crash leaves. Holes and what was never written are zeros. Its
+// errors are those of os.File, or what a hook gives.
 //
 // It is a handle, as an os.File is: Open gives another one of the same file. All methods are safe for concurrent use, and
 // operations happen one at a time.
@@ -109,8 +109,8 @@ func NewMedium() *Medium {
 // Open returns another handle of the file, as another process has.
 func (m *Medium) Open() *Medium { return &Medium{file: m.file} }
 
-// SetHook has every operation from now on, of all handles, ask hook first: what it returns makes the operation fail, unless that is
-// nil. It is called for one operation at a time, and must not call the Medium. A nil hook ends it.
+// SetHook has every operation from now on, of all handles, ask hook first: what it returns makes the operation fail,
+// unless that is nil. It is called for one operation at a time, and must not call the Medium. A nil hook ends it.
 func (m *Medium) SetHook(hook func(Op) *Fault) {
 	m.file.mu.Lock()
 	defer m.file.mu.Unlock()
@@ -201,7 +201,11 @@ func (m *Medium) Truncate(size int64) error {
 // still, but later Syncs bring them to the disk only where their sectors are written once more. Like a sync that takes its
 // time, it lets others run before it returns.
 func (m *Medium) Sync() error {
-	defer runtime.Gosched()
+	defer func() {
+		for range 200 { // enough for others to write something
+			runtime.Gosched()
+		}
+	}()
 	m.file.mu.Lock()
 	defer m.file.mu.Unlock()
 	if fault := m.begin(Op{Kind: OpSync}); fault != nil {
@@ -222,9 +226,9 @@ func (m *Medium) Close() error {
 	return nil
 }
 
-// Crash returns the file as a crash of the host now leaves it: as it was at the last Sync that did not fail, but that any sector
-// and the size may be what they were at any time since. rng chooses which. Calls of all handles of before fail
-// with ErrCrashed from now on; the new file has no hook.
+// Crash returns the file as a crash of the host now leaves it: as it was at the last Sync that did not fail, but that
+// any sector and the size may be what they were at any time since. rng chooses which. Calls of all handles of before
+// fail with ErrCrashed from now on; the new file has no hook.
 func (m *Medium) Crash(rng *rand.Rand) *Medium {
 	f := m.file
 	f.mu.Lock()

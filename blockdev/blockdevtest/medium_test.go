@@ -218,7 +218,9 @@ func TestMediumFaults(t *testing.T) {
 	}{
 		"":                    {0, func(p []byte) bool { return bytes.Count(p, []byte{2}) == 0 }},
 		blockdevtest.PartNone: {0, func(p []byte) bool { return bytes.Count(p, []byte{2}) == 0 }},
-		blockdevtest.PartHalf: {5000, func(p []byte) bool { return bytes.Equal(p[100:5100], bytes.Repeat([]byte{2}, 5000)) && p[5100] == 1 }},
+		blockdevtest.PartHalf: {5000, func(p []byte) bool {
+			return bytes.Equal(p[100:5100], bytes.Repeat([]byte{2}, 5000)) && p[5100] == 1
+		}},
 		blockdevtest.PartSectors: {0, func(p []byte) bool {
 			whole := 0
 			for at := 512; at+512 <= 10_100; at += 512 {

@@ -103,8 +103,10 @@ func (m *model) read(got []byte, off int64) error {
 	if err := explain(got, off, m.now, m.maybe); err != nil {
 		return err
 	}
-	copy(m.now[e.off:e.end], got)
-	m.maybe = without(m.maybe, e)
+	if len(m.maybe) > 0 { // else got is now, which several may read
+		copy(m.now[e.off:e.end], got)
+		m.maybe = without(m.maybe, e)
+	}
 	return nil
 }
 

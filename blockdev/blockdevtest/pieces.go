@@ -29,6 +29,15 @@ func cutClose(rng *rand.Rand, in extent) []extent {
 	return pieces
 }
 
+// cutBlocks cuts a range, which begins at a block, into blocks.
+func cutBlocks(in extent) []extent {
+	var pieces []extent
+	for at := in.off; at < in.end; at += blockBytes {
+		pieces = append(pieces, extent{at, min(at+blockBytes, in.end)})
+	}
+	return pieces
+}
+
 // cutWide cuts all of a disk, at any alignment, into 8 pieces or more.
 func cutWide(rng *rand.Rand, size int64) []extent {
 	var pieces []extent
@@ -43,8 +52,8 @@ func cutWide(rng *rand.Rand, size int64) []extent {
 	return pieces
 }
 
-// divide gives each of n models, which share the slices of whole, some of pieces, which are a range in its order and at least n.
-// The last of them has what is outside of that range too.
+// divide gives each of n models, which share the slices of whole, some of pieces, which are a range in its order and at
+// least n. The last of them has what is outside of that range too.
 func divide(rng *rand.Rand, whole *model, pieces []extent, n int) []*model {
 	models := make([]*model, n)
 	for i := range models {

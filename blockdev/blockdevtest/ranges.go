@@ -37,7 +37,8 @@ func wrongRange(d blockdev.Device, c call, off, n int64) error {
 		return fmt.Errorf("%s %d bytes at %d of %d: not a RangeError: %w", c.name, n, off, d.Size(), unexpected(err))
 	}
 	if wrong.Off != off || wrong.N != n || wrong.Size != d.Size() {
-		return fmt.Errorf("%s %d bytes at %d of %d: it says %d at %d of %d", c.name, n, off, d.Size(), wrong.N, wrong.Off, wrong.Size)
+		return fmt.Errorf("%s %d bytes at %d of %d: it says %d at %d of %d", c.name, n, off, d.Size(),
+			wrong.N, wrong.Off, wrong.Size)
 	}
 	return nil
 }

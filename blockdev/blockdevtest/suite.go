@@ -1,5 +1,5 @@
-// Package blockdevtest is what every disk must do, as tests: a suite for any blockdev.Device, and a file in memory that fails
-// and crashes, for those that store something in files.
+// Package blockdevtest is what every disk must do, as tests: a suite for any blockdev.Device, and a file in memory that
+// fails and crashes, for those that store something in files.
 package blockdevtest
 
 import (
@@ -18,9 +18,9 @@ type Disk struct {
 	Reopen func(t *testing.T) blockdev.Device
 }
 
-// Run tests disks of 64 KiB up to some MiB: that they do what blockdev.Device says, one operation after another and many at the
-// same time. It says nothing of crashes and failures; see RunFaults. Each call of newDisk makes a disk; newDisk's own t.Cleanup
-// closes it, as Reopen's does what that opens.
+// Run tests disks of 64 KiB up to some MiB: that they do what blockdev.Device says, one operation after another and many
+// at the same time. It says nothing of crashes and failures; see RunFaults. Each call of newDisk makes a disk; newDisk's
+// own t.Cleanup closes it, as Reopen's does what that opens.
 func Run(t *testing.T, newDisk func(t *testing.T) Disk) { suite(t, newDisk, report) }
 
 // RunReadOnly tests disks that can't be written; newDisk is as in Run.

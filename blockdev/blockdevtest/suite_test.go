@@ -1,6 +1,7 @@
 package blockdevtest
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"runtime"
@@ -94,12 +95,12 @@ func (d *blockDisk) WriteAt(p []byte, off int64) (int, error) {
 		return 0, err
 	}
 	defer d.lock()()
-	d.kept, d.keptAt = nil, 0
 	switch d.bug {
 	case keepsBuffer:
 		d.kept, d.keptAt = p, off
 	case staleCache:
-		d.kept, d.keptAt = append([]byte(nil), p...), off
+		d.kept, d.keptAt = bytes.Clone(p), off
+	default: // right
 	}
 	if err := d.write(p, off); err != nil && d.bug != hiddenErrors {
 		return 0, err
@@ -112,6 +113,13 @@ func (d *blockDisk) changes(op string, off, n int64) error {
 		return blockdev.ErrReadOnly
 	}
 	return d.outside(op, off, n)
+}
+
+// forget ends what a bug remembers.
+func (d *blockDisk) forget() {
+	if d.bug == keepsBuffer || d.bug == staleCache {
+		d.kept = nil
+	}
 }
 
 // write replaces whole blocks.
@@ -142,7 +150,7 @@ func (d *blockDisk) Discard(off, n int64) error {
 		off, n = first, max(0, last-first)
 	}
 	defer d.lock()()
-	d.kept, d.keptAt = nil, 0
+	d.forget()
 	if n == 0 {
 		return nil
 	}
@@ -154,7 +162,7 @@ func (d *blockDisk) WriteZeroes(off, n int64) error {
 		return err
 	}
 	defer d.lock()()
-	d.kept, d.keptAt = nil, 0
+	d.forget()
 	if d.bug == forgottenZeroes {
 		return nil
 	}
@@ -237,22 +245,20 @@ func TestBugsAreFound(t *testing.T) {
 		wideWrite:        {bug.runFaults, "faults/no space"},
 	} {
 		t.Run(string(b), func(t *testing.T) {
-			found := map[string]error{}
+			var found error
 			c.run(b, t, func(t *testing.T, name string, check func(t *testing.T) error) {
+				// The other checks may find it too, but the race detector would, before them.
+				if !strings.HasPrefix(name, c.want) && name != "faults/none" {
+					return
+				}
 				if err := scoped(t, name, check); err != nil {
-					found[name] = err
+					found = errors.Join(found, fmt.Errorf("%s: %w", name, err))
 				}
 			}, 200<<10+512)
-			var err error
-			for name, e := range found {
-				if strings.HasPrefix(name, c.want) {
-					err = errors.Join(err, fmt.Errorf("%s: %w", name, e))
-				}
+			if found == nil {
+				t.Fatalf("no check of %q has found it", c.want)
 			}
-			if err == nil {
-				t.Fatalf("no check of %q found it, but %v", c.want, found)
-			}
-			t.Log(err)
+			t.Log(found)
 		})
 	}
 }

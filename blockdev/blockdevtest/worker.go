@@ -146,8 +146,8 @@ func (w *worker) check() error {
 // units are sizes at whose multiples disks may change what they do.
 var units = []int64{512, 4096, 64 << 10, 128 << 10, 1 << 20}
 
-// somewhere returns a range that is not empty, within one of the model's: at, before, behind and across multiples of units, at
-// both ends, or anywhere.
+// somewhere returns a range that is not empty, within one of the model's: at, before, behind and across multiples of
+// units, at both ends, or anywhere.
 func (w *worker) somewhere() extent {
 	in := w.model.own[w.rng.IntN(len(w.model.own))]
 	near := func(at int64) int64 { return min(max(at, in.off), in.end-1) }
