@@ -34,7 +34,7 @@ func TestBlockMapRuns(t *testing.T) {
 // TestBlockMapWriters has writers change blocks of the same words at the same time: none must undo what another does, and every
 // page that has changed must be known.
 func TestBlockMapWriters(t *testing.T) {
-	const writers, rounds = 4, 20000
+	const writers, rounds = 4, 1000000
 	m := newBlockMap(blocksPerWord)
 	var wg sync.WaitGroup
 	for w := range int64(writers) {
