@@ -14,3 +14,10 @@ func (m *Machine) DiskDevice(name string) blockdev.Device {
 	}
 	return nil
 }
+
+// GivenUp is closed when the pause under way is given up.
+func (m *Machine) GivenUp() <-chan struct{} {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.attempt.ctx.Done()
+}

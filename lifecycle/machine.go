@@ -1,13 +1,12 @@
 package lifecycle
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"slices"
 	"strings"
-	"time"
+	"sync"
 
 	"filippo.io/age"
 
@@ -28,6 +27,10 @@ type Machine struct {
 	origin *snapshot.Reader // what the VM was resumed from, nil if it was booted
 	image  *memory.Image
 	disks  []*machineDisk // in the order of their indices in snapshots
+
+	pausing sync.Mutex // held by a Pause
+	mu      sync.Mutex
+	attempt *attempt // the Pause under way, or nil
 }
 
 // Boot makes a machine that has not run yet. VM.Start sets it going. Its copy-on-write disks come before those of cfg.Hardware.
@@ -171,193 +174,6 @@ func readState(r *snapshot.Reader) (*vmm.State, error) {
 		sections = append(sections, vmm.Section{Name: s.Name, Version: s.Version, Data: s.Data})
 	}
 	return vmm.ParseState(sections)
-}
-
-// PauseOptions are the choices of a pause.
-type PauseOptions struct {
-	// Recipients are who can open the snapshot; at least one.
-	Recipients []age.Recipient
-	// Full stores all of the memory even if the machine was resumed from a
-	// snapshot of the same store, so that the new one depends on no other.
-	Full bool
-	// Workers is how many goroutines compress and encrypt; 0 lets the snapshot
-	// package choose.
-	Workers int
-	// Progress, if not nil, is told how many bytes of guest memory and of disks, of
-	// those that are looked at, are done. It is called from one goroutine at a time.
-	Progress func(done, total uint64)
-	// Extra, if not nil, is called when the machine stands still, and returns
-	// sections to be stored with the snapshot: what the caller's own devices have
-	// to remember, say. Their names must not begin with "vmm/", nor be "disks".
-	Extra func() ([]snapshot.Section, error)
-}
-
-// Paused says what a pause did.
-type Paused struct {
-	snapshot.Info
-	// Parent is the snapshot that this one is a diff of, zero for a full one.
-	Parent snapshot.ID
-	// CandidateBytes is the guest memory that was looked at: all that the machine
-	// ever touched, or for a diff what it wrote since its resume.
-	CandidateBytes uint64
-	// DiskBytes is what was looked at of the copy-on-write disks.
-	DiskBytes uint64
-	// Freeze is how long it took to stop the machine and take everything but its
-	// memory. Total is the time until the snapshot was durable. In a pause, the
-	// machine stands still for all of it.
-	Freeze, Total time.Duration
-}
-
-// Pause stops the machine and stores it. When it returns without an error the
-// snapshot is durable and the machine is paused: Close it, or let it run on with
-// VM.Resume. With an error nothing is stored, and the machine runs on if it ran
-// before (unless the guest has ended: then the error says how).
-//
-// A machine that was resumed from a snapshot is stored as a diff: what it has
-// written since. store must then be the store of that snapshot, or opts.Full set.
-func (m *Machine) Pause(ctx context.Context, store *snapshot.Store, opts PauseOptions) (Paused, error) {
-	began := time.Now()
-	if !m.VM.Paused() {
-		if err := m.VM.Pause(ctx); err != nil {
-			return Paused{}, fmt.Errorf("pause: %w", err)
-		}
-		paused, err := m.store(ctx, store, opts, began)
-		if err != nil {
-			return Paused{}, errors.Join(fmt.Errorf("pause: %w", err), m.VM.Resume())
-		}
-		return paused, nil
-	}
-	paused, err := m.store(ctx, store, opts, began)
-	if err != nil {
-		return Paused{}, fmt.Errorf("pause: %w", err)
-	}
-	return paused, nil
-}
-
-// store writes the paused machine to a new snapshot.
-func (m *Machine) store(ctx context.Context, store *snapshot.Store, opts PauseOptions, began time.Time) (Paused, error) {
-	sections, err := m.sections(opts.Extra)
-	if err != nil {
-		return Paused{}, err
-	}
-	var p Paused
-	parent := m.origin
-	if opts.Full {
-		parent = nil
-	}
-	if parent != nil {
-		p.Parent = parent.Header().ID
-	}
-	ranges, err := m.candidates(ctx, parent != nil)
-	if err != nil {
-		return Paused{}, err
-	}
-	for _, r := range ranges {
-		p.CandidateBytes += r.Len
-	}
-	contents := m.diskContents(parent == nil)
-	p.DiskBytes = contents.bytes
-	p.Freeze = time.Since(began)
-	meter := progress{report: opts.Progress, total: p.CandidateBytes + p.DiskBytes}
-	w, err := store.Create(ctx, snapshot.Options{
-		Recipients: opts.Recipients, Parent: parent, Workers: opts.Workers, Progress: meter.function(),
-	})
-	if err != nil {
-		return Paused{}, err
-	}
-	defer w.Abort() //nolint:errcheck // it does nothing after a Commit, and the first error is the one to report
-	for _, section := range sections {
-		if err := w.AddSection(section); err != nil {
-			return Paused{}, err
-		}
-	}
-	mem := m.VM.Memory()
-	if err := w.WriteMemory(ctx, mem.Size(), ranges, mem.View); err != nil {
-		return Paused{}, err
-	}
-	for _, disk := range contents.disks {
-		meter.next()
-		if err := w.WriteDisk(ctx, disk); err != nil {
-			return Paused{}, err
-		}
-	}
-	if p.Info, err = w.Commit(ctx); err != nil {
-		return Paused{}, err
-	}
-	contents.durable()
-	p.Total = time.Since(began)
-	return p, nil
-}
-
-// candidates are the ranges of memory that may differ from the parent, or from
-// zero if there is none.
-func (m *Machine) candidates(ctx context.Context, diff bool) ([]snapshot.Range, error) {
-	mem := m.VM.Memory()
-	dirty, err := mem.Dirty(ctx)
-	if err != nil {
-		return nil, err
-	}
-	var ranges []snapshot.Range
-	for _, r := range dirty {
-		ranges = append(ranges, snapshot.Range(r))
-	}
-	if diff || m.origin == nil {
-		return ranges, nil
-	}
-	if err := mem.Populate(ctx); err != nil {
-		return nil, err
-	}
-	for _, r := range mem.Ranges() {
-		ranges = append(ranges, stored(m.origin, r)...)
-	}
-	return merge(ranges), nil
-}
-
-// stored are the parts of a range that a snapshot has bytes for; the rest is
-// zero.
-func stored(r *snapshot.Reader, in memory.Range) (out []snapshot.Range) {
-	for gpa := in.GPA; gpa < in.End(); {
-		start, length, chunk := r.Lookup(gpa)
-		end := min(start+length, in.End())
-		if chunk >= 0 {
-			out = append(out, snapshot.Range{GPA: gpa, Len: end - gpa})
-		}
-		gpa = end
-	}
-	return out
-}
-
-// merge orders ranges and joins those that touch or overlap.
-func merge(ranges []snapshot.Range) []snapshot.Range {
-	slices.SortFunc(ranges, func(a, b snapshot.Range) int { return cmp.Compare(a.GPA, b.GPA) })
-	out := ranges[:0]
-	for _, r := range ranges {
-		if n := len(out); n > 0 && r.GPA <= out[n-1].GPA+out[n-1].Len {
-			out[n-1].Len = max(out[n-1].Len, r.GPA+r.Len-out[n-1].GPA)
-			continue
-		}
-		out = append(out, r)
-	}
-	return out
-}
-
-// sections are the machine's state and what the caller adds to it.
-func (m *Machine) sections(extra func() ([]snapshot.Section, error)) ([]snapshot.Section, error) {
-	state, err := m.VM.State()
-	if err != nil {
-		return nil, err
-	}
-	var out []snapshot.Section
-	for _, s := range state.Sections() {
-		out = append(out, snapshot.Section{Name: s.Name, Version: s.Version, Critical: true, Data: s.Data})
-	}
-	disks, err := m.diskSection()
-	out = append(out, disks...)
-	if extra == nil || err != nil {
-		return out, err
-	}
-	more, err := extra()
-	return append(out, more...), err
 }
 
 // Origin returns the id of the snapshot that the machine was resumed from, zero

@@ -48,9 +48,10 @@ type VM struct {
 
 	balloon *balloon.Device // one of virtio, or nil
 
-	mu      sync.Mutex // held by the calls that change phase, and while they take
-	phase   phase
-	stopped <-chan struct{} // closed when no vCPU runs the guest any more
+	mu       sync.Mutex // held by the calls that change phase, and while they take
+	phase    phase
+	launches uint64
+	stopped  <-chan struct{} // closed when no vCPU runs the guest any more
 
 	ended   chan struct{} // closed when the guest has ended
 	endOnce sync.Once

@@ -28,6 +28,14 @@ func (vm *VM) Start() error { return vm.launchFrom(phaseCreated) }
 // Resume lets a paused VM, or one that Restore made, run on. It returns at once.
 func (vm *VM) Resume() error { return vm.launchFrom(phasePaused) }
 
+// Launches is how many times the VM was set going: by Start and Resume, and by a Pause that failed. As long as it stays the
+// same, the memory and the disks of a paused VM do not change by its doing.
+func (vm *VM) Launches() uint64 {
+	vm.mu.Lock()
+	defer vm.mu.Unlock()
+	return vm.launches
+}
+
 func (vm *VM) launchFrom(want phase) error {
 	vm.mu.Lock()
 	defer vm.mu.Unlock()
@@ -63,6 +71,7 @@ func (vm *VM) hasEnded() bool {
 
 // launch sets every vCPU running. The caller holds mu; no vCPU runs.
 func (vm *VM) launch() {
+	vm.launches++
 	vm.startInput()
 	if err := vm.resumeDevices(); err != nil {
 		vm.end(&ExitError{Kind: ErrRun, VCPU: -1, Cause: err})

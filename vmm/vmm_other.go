@@ -40,6 +40,7 @@ func (*VM) Wait(context.Context) error  { return ErrNotSupported }
 func (*VM) Close() error                { return nil }
 func (*VM) Memory() *memory.Memory      { return nil }
 func (*VM) Paused() bool                { return false }
+func (*VM) Launches() uint64            { return 0 }
 func (*VM) VCPUs() int                  { return 0 }
 func (*VM) SetBalloon(uint64) error     { return ErrNotSupported }
 func (*VM) Balloon() uint64             { return 0 }
