@@ -42,7 +42,7 @@ func (r *Report) Err() error {
 			lost += x.Len
 		}
 	}
-	return fmt.Errorf("snapshot: %d bytes of guest memory can't be read: %w", lost, errors.Join(errs...))
+	return fmt.Errorf("snapshot: %d bytes of memory and disks can't be read: %w", lost, errors.Join(errs...))
 }
 
 // Verify reads every byte of every pack that the snapshot needs, and decodes
