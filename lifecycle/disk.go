@@ -21,10 +21,12 @@ type Disk struct {
 	// Name identifies the disk; the rule is that of vmm.Disk.Name.
 	Name string
 	// Image is a file that is never written: a raw image, a qcow2 image without a backing file, or a
-	// block device. It must stay as it is for as long as there are snapshots of the machine. Or it
-	// is the file of an overlay, of an earlier machine or made by CreateOverlay, and the machine goes on
-	// writing to that. Empty: the disk is blank.
+	// block device; its first bytes say which. It must stay as it is for as long as there are snapshots
+	// of the machine. Empty: the disk is blank.
 	Image string
+	// Overlay, in place of Image and Size, is a file that CreateOverlay or an earlier machine has made; the machine goes on
+	// writing to it. When a pause has stored what is in it, the file is removed.
+	Overlay string
 	// Size of the disk in bytes, a multiple of 512; 0 means the image's. A disk may be larger than its image.
 	Size int64
 }
@@ -66,43 +68,51 @@ const (
 
 // bootDisk makes the disk of a machine that is booted.
 func (d *Disks) bootDisk(ctx context.Context, want Disk) (*machineDisk, error) {
-	info, err := blockdev.ReadOverlay(want.Image)
-	switch {
-	case want.Image != "" && err == nil:
-		return d.reopen(ctx, want, info)
-	case errors.Is(err, blockdev.ErrVersion):
-		return nil, err
-	}
-	m := &machineDisk{info: DiskInfo{Name: want.Name, Size: want.Size}}
-	var lower blockdev.Lower
-	if want.Image != "" {
-		if err := m.openImage(ctx, want.Image, nil, d.Dir); err != nil {
-			return nil, err
+	if want.Overlay != "" {
+		if want.Image != "" || want.Size != 0 {
+			return nil, fmt.Errorf("%w: it is overlay %s, and has an image or a size besides", vmm.ErrConfig, want.Overlay)
 		}
-		lower = blockdev.Lower{Kind: lowerImage, Name: m.info.Base.Path, Identity: m.info.Base.Identity()}
-		m.info.Size = cmp.Or(want.Size, m.info.Base.Size)
+		return d.reopen(ctx, want)
+	}
+	m := &machineDisk{info: DiskInfo{Name: want.Name}}
+	lower, err := m.openNew(ctx, want, d.Dir)
+	if err != nil {
+		return nil, err
 	}
 	return m, m.begin(d.Dir, lower, m.device())
 }
 
-// reopen goes on with an overlay that was made before.
-func (d *Disks) reopen(ctx context.Context, want Disk, info blockdev.OverlayInfo) (*machineDisk, error) {
-	m := &machineDisk{info: DiskInfo{Name: want.Name, Size: info.Size}}
-	if want.Size != 0 && want.Size != info.Size {
-		return nil, fmt.Errorf("%w: %s is an overlay of %d bytes, not %d", blockdev.ErrNotDisk, want.Image, info.Size, want.Size)
+// openNew opens the image under a new disk, if there is one, and finds out the disk's size.
+func (m *machineDisk) openNew(ctx context.Context, want Disk, dir string) (blockdev.Lower, error) {
+	m.info.Size = want.Size
+	if want.Image == "" {
+		return blockdev.Lower{}, nil
 	}
+	if err := m.openImage(ctx, want.Image, nil, dir); err != nil {
+		return blockdev.Lower{}, err
+	}
+	m.info.Size = cmp.Or(want.Size, m.info.Base.Size)
+	return blockdev.Lower{Kind: lowerImage, Name: m.info.Base.Path, Identity: m.info.Base.Identity()}, nil
+}
+
+// reopen goes on with an overlay that was made before.
+func (d *Disks) reopen(ctx context.Context, want Disk) (*machineDisk, error) {
+	info, err := blockdev.ReadOverlay(want.Overlay)
+	if err != nil {
+		return nil, err
+	}
+	m := &machineDisk{info: DiskInfo{Name: want.Name, Size: info.Size}}
 	switch info.Lower.Kind {
 	case "":
 	case lowerImage:
 		if err := m.openImage(ctx, info.Lower.Name, &info.Lower.Identity, d.Dir); err != nil {
-			return nil, fmt.Errorf("the image under overlay %s: %w", want.Image, err)
+			return nil, fmt.Errorf("the image under overlay %s: %w", want.Overlay, err)
 		}
 	default:
 		return nil, fmt.Errorf("%w: %s holds what a machine changed after %s %s, whose memory it belongs to; its disk can be exported",
-			blockdev.ErrNotDisk, want.Image, info.Lower.Kind, info.Lower.Name)
+			blockdev.ErrNotDisk, want.Overlay, info.Lower.Kind, info.Lower.Name)
 	}
-	var err error
-	m.overlay, err = blockdev.OpenOverlay(want.Image, m.device())
+	m.overlay, err = blockdev.OpenOverlay(want.Overlay, m.device())
 	return m, err
 }
 
@@ -164,17 +174,13 @@ func (m *machineDisk) begin(dir string, lower blockdev.Lower, below blockdev.Dev
 // overlayExt ends the names of the files of overlays.
 const overlayExt = ".overlay"
 
-// CreateOverlay makes a file for Disk.Image: a disk that is as an image is, or blank, and that machines may be booted with one
+// CreateOverlay makes a file for Disk.Overlay: a disk that is as an image is, or blank, and that machines may be booted with one
 // after another. identities is a directory that remembers the identities of images, as Disks.Dir does; it may be empty.
 func CreateOverlay(ctx context.Context, path string, disk Disk, identities string) error {
-	m := &machineDisk{info: DiskInfo{Size: disk.Size}}
-	var lower blockdev.Lower
-	if disk.Image != "" {
-		if err := m.openImage(ctx, disk.Image, nil, identities); err != nil {
-			return err
-		}
-		lower = blockdev.Lower{Kind: lowerImage, Name: m.info.Base.Path, Identity: m.info.Base.Identity()}
-		m.info.Size = cmp.Or(disk.Size, m.info.Base.Size)
+	m := &machineDisk{}
+	lower, err := m.openNew(ctx, disk, identities)
+	if err != nil {
+		return err
 	}
 	o, err := blockdev.CreateOverlay(path, m.device(), blockdev.OverlayOptions{Size: m.info.Size, Lower: lower})
 	if err == nil {

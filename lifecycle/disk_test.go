@@ -319,7 +319,7 @@ func TestDiskChangesStay(t *testing.T) {
 	}
 	for i, d := range models {
 		path := left[slices.IndexFunc(left, func(f string) bool { return filepath.Base(f)[:len(d.name)+1] == d.name+"-" })]
-		g.disks.Boot[i] = lifecycle.Disk{Name: d.name, Image: path}
+		g.disks.Boot[i] = lifecycle.Disk{Name: d.name, Overlay: path}
 	}
 	m = g.boot(t, testvm.NoLimit)
 	checkDisks(t, m, models)

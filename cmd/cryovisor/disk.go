@@ -38,7 +38,7 @@ func newDiskCreateCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "create FILE",
 		Short: "Make a disk that is as an image is, or blank",
-		Long: `Make a file for 'run --disk NAME=FILE': it holds what guests change on the disk, and nothing
+		Long: `Make a file for 'run --disk-overlay NAME=FILE': it holds what guests change on the disk, and nothing
 yet. A guest that powers off leaves its changes in it, for the next one. A pause moves
 them to the snapshot, encrypted, and removes the file.
 

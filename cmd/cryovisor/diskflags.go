@@ -35,16 +35,17 @@ func (d *diskDirFlag) path() (string, error) {
 
 // diskFlags are the flags of verbs that run a guest with copy-on-write disks.
 type diskFlags struct {
-	dir           diskDirFlag
-	images, blank []string
+	dir             diskDirFlag
+	images, overlay []string
+	blank           []string
 }
 
 // addBoot adds the flags that name the disks of a guest that is booted.
 func (d *diskFlags) addBoot(cmd *cobra.Command) {
 	d.dir.add(cmd)
 	f := cmd.Flags()
-	f.StringArrayVar(&d.images, "disk", nil,
-		"a disk that pauses store, as NAME=FILE of an image (raw, qcow2) that is never written, or of a file that 'disk create' made; once for each")
+	f.StringArrayVar(&d.images, "disk", nil, "a disk that pauses store, as NAME=FILE of an image (raw, qcow2) that is never written; once for each")
+	f.StringArrayVar(&d.overlay, "disk-overlay", nil, "a disk that pauses store, as NAME=FILE of a file that 'disk create' or an earlier guest made")
 	f.StringArrayVar(&d.blank, "disk-blank", nil, "a blank disk that pauses store, as NAME=SIZE")
 }
 
@@ -63,6 +64,13 @@ func (d *diskFlags) boot() (lifecycle.Disks, error) {
 			return out, err
 		}
 		out.Boot = append(out.Boot, lifecycle.Disk{Name: name, Image: file})
+	}
+	for _, arg := range d.overlay {
+		name, file, err := cutName("--disk-overlay", arg, "FILE")
+		if err != nil {
+			return out, err
+		}
+		out.Boot = append(out.Boot, lifecycle.Disk{Name: name, Overlay: file})
 	}
 	for _, arg := range d.blank {
 		name, text, err := cutName("--disk-blank", arg, "SIZE")
