@@ -96,7 +96,7 @@ func (w *Writer) writeDisk(ctx context.Context, d *Disk) error {
 		j.progress.total += r.Len
 	}
 	data, zeros := d.at(d.Data), d.at(d.Zeros)
-	j.cut(data, uint64(w.opts.ChunkSize))
+	j.cut(data, uint64(min(w.opts.ChunkSize, diskChunkSize)))
 	if err := w.run(j); err != nil {
 		return err
 	}
