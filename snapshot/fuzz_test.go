@@ -208,7 +208,7 @@ func FuzzPreamble(f *testing.F) {
 }
 
 // FuzzWrite: any sequence of writes, into any generations, reads back as a plain
-// model of memory says.
+// model of memory and disks says.
 func FuzzWrite(f *testing.F) {
 	f.Add(uint64(1), uint8(3))
 	f.Add(uint64(2), uint8(1))
@@ -217,6 +217,7 @@ func FuzzWrite(f *testing.F) {
 		l, g := newLab(t), newGuest(256*PageSize)
 		opts := l.options()
 		opts.Workers, opts.ChunkSize = 1+rnd.IntN(3), (1+rnd.IntN(20))*PageSize
+		disks := []*testDisk{newTestDisk(0, true, 100*PageSize+512), newTestDisk(7, false, 90*PageSize)}
 		for range generations%4 + 1 {
 			w, err := l.Create(context.Background(), opts)
 			if err != nil {
@@ -232,6 +233,11 @@ func FuzzWrite(f *testing.F) {
 				if err := w.WriteMemory(context.Background(), g.size, dirty, g.view); err != nil {
 					t.Fatal(err)
 				}
+				for _, d := range disks {
+					if err := w.WriteDisk(context.Background(), d.change(rnd)); err != nil {
+						t.Fatal(err)
+					}
+				}
 			}
 			info, err := w.Commit(context.Background())
 			if err != nil {
@@ -239,6 +245,9 @@ func FuzzWrite(f *testing.F) {
 			}
 			opts.Parent = l.open(info.ID)
 			l.check(opts.Parent, g)
+			for _, d := range disks {
+				d.check(t, opts.Parent)
+			}
 		}
 	})
 }
