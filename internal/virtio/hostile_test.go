@@ -107,7 +107,7 @@ func TestHostileRings(t *testing.T) {
 	}
 }
 
-// stuck is a device whose Stop waits for its gate.
+// stuck is a device whose Stop waits for its gate. entered has room for the word that Stop was called.
 type stuck struct {
 	echo
 	entered, gate chan struct{}
@@ -127,7 +127,7 @@ func (s *stuck) Stop(ctx context.Context) error {
 }
 
 func TestQuiesceCancelled(t *testing.T) {
-	s := &stuck{entered: make(chan struct{}), gate: make(chan struct{})}
+	s := &stuck{entered: make(chan struct{}, 1), gate: make(chan struct{})}
 	d := echoDriver(t, s, ^virtio.Feature(0))
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
