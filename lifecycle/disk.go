@@ -60,10 +60,10 @@ type machineDisk struct {
 	writes  uint64
 }
 
-// Lower.Kind of overlays.
+// What overlays lie on: blockdev.Lower.Kind, which is empty for one on nothing.
 const (
-	lowerImage    = "image"
-	lowerSnapshot = "snapshot"
+	LowerImage    = "image"
+	LowerSnapshot = "snapshot" // its name is the snapshot's id, a slash and the disk's name
 )
 
 // bootDisk makes the disk of a machine that is booted.
@@ -92,7 +92,7 @@ func (m *machineDisk) openNew(ctx context.Context, want Disk, dir string) (block
 		return blockdev.Lower{}, err
 	}
 	m.info.Size = cmp.Or(want.Size, m.info.Base.Size)
-	return blockdev.Lower{Kind: lowerImage, Name: m.info.Base.Path, Identity: m.info.Base.Identity()}, nil
+	return blockdev.Lower{Kind: LowerImage, Name: m.info.Base.Path, Identity: m.info.Base.Identity()}, nil
 }
 
 // reopen goes on with an overlay that was made before.
@@ -104,7 +104,7 @@ func (d *Disks) reopen(ctx context.Context, want Disk) (*machineDisk, error) {
 	m := &machineDisk{info: DiskInfo{Name: want.Name, Size: info.Size}}
 	switch info.Lower.Kind {
 	case "":
-	case lowerImage:
+	case LowerImage:
 		if err := m.openImage(ctx, info.Lower.Name, &info.Lower.Identity, d.Dir); err != nil {
 			return nil, fmt.Errorf("the image under overlay %s: %w", want.Overlay, err)
 		}
@@ -129,7 +129,7 @@ func (d *Disks) resumeDisk(ctx context.Context, r *snapshot.Reader, index int, i
 // snapshotLower names the disk of a snapshot as what is under an overlay.
 func snapshotLower(id snapshot.ID, info DiskInfo) blockdev.Lower {
 	return blockdev.Lower{
-		Kind: lowerSnapshot, Name: id.String() + "/" + info.Name, Identity: blockdev.Identity{Size: info.Size},
+		Kind: LowerSnapshot, Name: id.String() + "/" + info.Name, Identity: blockdev.Identity{Size: info.Size},
 	}
 }
 

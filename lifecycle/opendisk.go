@@ -86,11 +86,11 @@ func openLower(ctx context.Context, info blockdev.OverlayInfo, opts OpenDiskOpti
 	switch info.Lower.Kind {
 	case "":
 		return d, nil
-	case lowerImage:
+	case LowerImage:
 		err := d.parts.openImage(ctx, cmp.Or(opts.Image, info.Lower.Name), &info.Lower.Identity, opts.Dir)
 		d.Device, d.Info.Base = d.parts.device(), d.parts.info.Base
 		return d, err
-	case lowerSnapshot:
+	case LowerSnapshot:
 	default:
 		return d, fmt.Errorf("%w: it lies on a %q, which is not known here", blockdev.ErrVersion, info.Lower.Kind)
 	}

@@ -226,7 +226,7 @@ func openDisk(
 ) (disk *lifecycle.OpenedDisk, done func() error, err error) {
 	info, err := blockdev.ReadOverlay(from)
 	if err == nil {
-		if info.Lower.Kind != "" && info.Lower.Kind != "image" { // a snapshot's
+		if info.Lower.Kind == lifecycle.LowerSnapshot {
 			if opts.Store, err = source.store.open(); err != nil {
 				return nil, nil, err
 			}

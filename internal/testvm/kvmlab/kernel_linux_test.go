@@ -66,7 +66,7 @@ func TestInitramfs(t *testing.T) {
 	}
 	records := readArchive(t, file)
 	for _, want := range []string{
-		"init", "deep/er/run.go", "lab/work/wire/wire.go", "lab/bin/kernel.go", "lab/modules/kvm-amd.ko", wire.SpecPath[1:], "tmp",
+		"init", "deep/er/run.go", wire.WorkDir[1:] + "/wire/wire.go", "lab/bin/kernel.go", "lab/modules/kvm-amd.ko", wire.SpecPath[1:], "tmp",
 	} {
 		if !slices.Contains(records, want) {
 			t.Errorf("no record of %s", want)
