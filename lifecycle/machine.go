@@ -194,10 +194,13 @@ func (m *Machine) Section(name string) (snapshot.Section, error) {
 	return m.origin.ReadSection(name)
 }
 
-// Close ends the machine and gives everything back. It may be called more than
+// Close ends the machine and gives everything back. A Pause under way is given up. It may be called more than
 // once. The file with what the machine has changed on a disk is removed if a snapshot
 // has all of that; otherwise it stays, flushed, for somebody to use or to remove.
 func (m *Machine) Close() error {
+	m.giveUp(vmm.ErrClosed)
+	m.pausing.Lock() // what a Pause reads must not go away under it
+	defer m.pausing.Unlock()
 	var errs []error
 	if m.VM != nil {
 		errs = append(errs, m.VM.Close())

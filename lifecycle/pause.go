@@ -69,7 +69,7 @@ type attempt struct {
 // before (unless the guest has ended: then the error says how). It runs before Pause
 // has cleared away what it wrote.
 //
-// Pauses wait for each other. Resume, or the end of ctx, gives one up.
+// Pauses wait for each other. Resume, Close or the end of ctx gives one up.
 //
 // A machine that was resumed from a snapshot is stored as a diff: what it has
 // written since. store must then be the store of that snapshot, or opts.Full set.
@@ -82,8 +82,8 @@ func (m *Machine) Pause(ctx context.Context, store *snapshot.Store, opts PauseOp
 	m.setAttempt(a)
 	defer m.setAttempt(nil)
 	p, err := m.pause(ctx, a, store, opts)
-	if err != nil && errors.Is(context.Cause(ctx), ErrResumed) && !errors.Is(err, ErrResumed) {
-		err = fmt.Errorf("%w: %w", ErrResumed, err)
+	if cause := context.Cause(ctx); err != nil && cause != nil && !errors.Is(err, cause) {
+		err = fmt.Errorf("%w: %w", cause, err)
 	}
 	if err != nil {
 		return Paused{}, fmt.Errorf("pause: %w", err)
@@ -101,18 +101,25 @@ func (m *Machine) setAttempt(a *attempt) {
 // is under way, that is given up: it returns ErrResumed and leaves no snapshot. Resume does not wait for it to clear away what it
 // wrote. Errors: those of VM.Resume.
 func (m *Machine) Resume() error {
-	m.mu.Lock()
-	a := m.attempt
-	m.mu.Unlock()
+	a := m.giveUp(ErrResumed)
 	if a == nil {
 		return m.VM.Resume()
 	}
-	a.cancel(ErrResumed)
 	<-a.released
 	if a.resumed {
 		return a.err
 	}
 	return m.VM.Resume()
+}
+
+// giveUp has the Pause under way end with an error, and returns it: nil if there is none.
+func (m *Machine) giveUp(because error) *attempt {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.attempt != nil {
+		m.attempt.cancel(because)
+	}
+	return m.attempt
 }
 
 func (m *Machine) pause(ctx context.Context, a *attempt, store *snapshot.Store, opts PauseOptions) (Paused, error) {
@@ -131,8 +138,8 @@ func (m *Machine) pause(ctx context.Context, a *attempt, store *snapshot.Store, 
 		err = s.commit(ctx)
 	}
 	if err == nil {
-		close(a.released)
 		s.contents.durable()
+		close(a.released)
 		return s.paused, nil
 	}
 	if ran {

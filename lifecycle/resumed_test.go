@@ -12,6 +12,7 @@ import (
 	"github.com/cryovisor/cryovisor/internal/testvm"
 	"github.com/cryovisor/cryovisor/lifecycle"
 	"github.com/cryovisor/cryovisor/snapshot"
+	"github.com/cryovisor/cryovisor/vmm"
 )
 
 // TestResumeDuringPause changes its mind when a part of the memory is written: the machine runs on at once, nothing is left of
@@ -115,4 +116,34 @@ func TestResumeBehindPause(t *testing.T) {
 	}
 	g.work(t, m, 2)
 	g.compare(t, m)
+}
+
+// TestCloseDuringPause: a machine that is closed in the midst of a pause makes no snapshot, and is read no more.
+func TestCloseDuringPause(t *testing.T) {
+	checkLeaks(t)
+	for _, at := range []float64{0, 0.5, 0.9} {
+		g := newGuest(t, testvm.WorkerConfig{Memory: 64 << 20, VCPUs: 2})
+		m := g.boot(t, testvm.NoLimit)
+		g.work(t, m, 10)
+		closed, asked := make(chan error, 1), false
+		_, err := m.Pause(t.Context(), g.store, lifecycle.PauseOptions{
+			Recipients: []age.Recipient{g.key.Recipient()},
+			Progress: func(done, total uint64) {
+				if !asked && float64(done) >= at*float64(total) {
+					asked = true
+					go func() { closed <- m.Close() }()
+					<-m.GivenUp()
+				}
+			},
+		})
+		if !errors.Is(err, vmm.ErrClosed) {
+			t.Errorf("at %v: %v", at, err)
+		}
+		if err := <-closed; err != nil {
+			t.Errorf("at %v: %v", at, err)
+		}
+		if entries, err := g.store.List(); err != nil || len(entries) != 0 {
+			t.Errorf("at %v: the store has %v; %v", at, entries, err)
+		}
+	}
 }
