@@ -1,13 +1,12 @@
 package snapshot
 
 import (
-	"context"
 	"fmt"
 	"io"
 	"sort"
 )
 
-// Disk is what WriteDisk stores of a disk. Offsets and lengths are in bytes; the
+// Disk is what Write stores of a disk. Offsets and lengths are in bytes; the
 // unit in which blocks are stored is PageSize, the size of a block.
 type Disk struct {
 	// Index numbers the disks of a snapshot, from 0 and below MaxDisks. A diff must
@@ -72,52 +71,12 @@ func (d *Disk) check() error {
 	return nil
 }
 
-// WriteDisk stores blocks of a disk. What lies outside of d.Data and d.Zeros keeps its
-// contents: the parent's, or nothing. The rules for calls and errors are those of
-// WriteMemory.
-func (w *Writer) WriteDisk(ctx context.Context, d Disk) error {
-	if err := w.enter(); err != nil {
-		return err
-	}
-	defer w.mu.Unlock()
-	if err := d.check(); err != nil {
-		return err
-	}
-	if err := w.writeDisk(ctx, &d); err != nil {
-		w.err = err
-		return err
-	}
-	return nil
-}
-
-func (w *Writer) writeDisk(ctx context.Context, d *Disk) error {
-	j := &job{ctx: ctx, disk: d, progress: progressMeter{report: w.opts.Progress}}
-	for _, r := range d.Data {
-		j.progress.total += r.Len
-	}
-	data, zeros := d.at(d.Data), d.at(d.Zeros)
-	j.cut(data, uint64(min(w.opts.ChunkSize, diskChunkSize)))
-	if err := w.run(j); err != nil {
-		return err
-	}
-	w.extents = overlay(w.extents, data, w.collect(j))
-	var held []extent
-	if d.Layered && len(zeros) > 0 {
-		if err := w.makeZeros(j); err != nil {
-			return err
-		}
-		held = w.zeros.repeat(zeros)
-	}
-	w.extents = overlay(w.extents, zeros, held)
-	return nil
-}
-
 // zeroPages is the size of the chunk to which all blocks refer that are known to be zero. A TiB
 // of them takes a million extents, 20 MB; and each reader holds a buffer of a chunk's size.
 const zeroPages = 256
 
 // makeZeros stores the chunk of zeros, unless it is there.
-func (w *Writer) makeZeros(j *job) error {
+func (w *Writer) makeZeros() error {
 	if w.zeros != nil {
 		return nil
 	}
@@ -129,7 +88,8 @@ func (w *Writer) makeZeros(j *job) error {
 		return err
 	}
 	w.zeros = &extent{chunk: uint32(len(w.chunks)), count: zeroPages}
-	w.collect(&job{disk: j.disk})
+	w.collect(&job{})
+	w.info.DiskBlocks += zeroPages
 	return nil
 }
 

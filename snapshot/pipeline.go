@@ -3,7 +3,7 @@ package snapshot
 import (
 	"bytes"
 	"context"
-	"fmt"
+	"sort"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -24,7 +24,7 @@ type worker struct {
 	chunks  []chunkRecord
 	extents []extent // chunk is an index into chunks
 
-	stored, zero         uint64 // pages
+	stored, zero, blocks uint64 // pages of memory, pages of zeros among it that were left out, and blocks of disks
 	scan, compress, seal time.Duration
 }
 
@@ -32,56 +32,24 @@ type worker struct {
 // one or several pieces. The pieces are those from first up to the next unit's.
 type unit struct {
 	first  int
+	taken  atomic.Bool
 	worker int // who did it, and which extents of its came out
 	from   int
 	to     int
 }
 
-// job is one call of WriteMemory or WriteDisk.
+// job is one call of Write. Its pieces are in the snapshot's addresses: memory first, then the disks.
 type job struct {
 	ctx    context.Context
-	view   View  // nil for a disk
-	disk   *Disk // nil for memory
+	memory *Memory // nil if there is none
+	disks  map[int]*Disk
+	wanted <-chan Range
 	pieces []Range
 	units  []unit
 	next   atomic.Int64
 	failed atomic.Bool // lets the other workers stop
 
 	progress progressMeter
-}
-
-// WriteMemory stores the guest's memory in ranges, which must be ascending, made
-// of whole pages and not overlapping. size is the guest's RAM in bytes. Pages
-// that are zero are noted as such and take no space. What lies outside of ranges
-// keeps its contents: the parent's, or zero.
-//
-// It may be called more than once before Commit: later calls overrule earlier
-// ones where they overlap. It returns soon after ctx ends.
-func (w *Writer) WriteMemory(ctx context.Context, size uint64, ranges []Range, view View) error {
-	if err := w.enter(); err != nil {
-		return err
-	}
-	defer w.mu.Unlock()
-	total, err := checkRanges(ranges)
-	switch {
-	case err != nil:
-		return err
-	case size%PageSize != 0 || size > DiskStride:
-		return fmt.Errorf("%w: guest memory of %d bytes", ErrInvalid, size)
-	case total > size:
-		return fmt.Errorf("%w: ranges of %d bytes in a guest memory of %d", ErrInvalid, total, size)
-	case size != w.ram && (w.wrote || w.opts.Parent != nil):
-		return fmt.Errorf("%w: guest memory was %d bytes, is %d", ErrInvalid, w.ram, size)
-	}
-	w.ram, w.wrote = size, true
-	j := &job{ctx: ctx, view: view, progress: progressMeter{report: w.opts.Progress, total: total}}
-	j.cut(ranges, uint64(w.opts.ChunkSize))
-	if err := w.run(j); err != nil {
-		w.err = err
-		return err
-	}
-	w.extents = overlay(w.extents, ranges, w.collect(j))
-	return nil
 }
 
 // cut makes units of ranges.
@@ -150,18 +118,16 @@ func (w *Writer) collect(j *job) []extent {
 		base[i] = uint32(len(w.chunks))
 		w.chunks = append(w.chunks, k.chunks...)
 		n += len(k.extents)
-		if j.disk == nil {
-			w.info.PagesStored += k.stored
-			w.info.ZeroPages += k.zero
-		} else {
-			w.info.DiskBlocks += k.stored
-		}
+		w.info.PagesStored += k.stored
+		w.info.ZeroPages += k.zero
+		w.info.DiskBlocks += k.blocks
 		w.info.Scan += k.scan
 		w.info.Compress += k.compress
 		w.info.Seal += k.seal
 	}
 	out := make([]extent, 0, n)
-	for _, u := range j.units {
+	for i := range j.units {
+		u := &j.units[i]
 		for _, e := range w.workers[u.worker].extents[u.from:u.to] {
 			e.chunk += base[u.worker]
 			out = append(out, e)
@@ -169,30 +135,63 @@ func (w *Writer) collect(j *job) []extent {
 	}
 	for _, k := range w.workers {
 		k.chunks, k.extents = k.chunks[:0], k.extents[:0]
-		k.stored, k.zero, k.scan, k.compress, k.seal = 0, 0, 0, 0, 0
+		k.stored, k.zero, k.blocks = 0, 0, 0
+		k.scan, k.compress, k.seal = 0, 0, 0
 	}
 	return out
 }
 
-// work does units until none is left.
+// work does units until none is left: those that are wanted first, then the others in their order.
 func (k *worker) work(j *job) error {
-	for {
-		i := int(j.next.Add(1)) - 1
-		if i >= len(j.units) || j.failed.Load() {
-			return nil
-		}
+	for !j.failed.Load() {
 		if err := j.ctx.Err(); err != nil {
 			return err
 		}
-		from := len(k.extents)
-		n, err := k.do(j, j.piecesOf(i))
-		if err != nil {
+		select {
+		case r := <-j.wanted:
+			if err := k.workOn(j, r); err != nil {
+				return err
+			}
+			continue
+		default:
+		}
+		i := int(j.next.Add(1)) - 1
+		if i >= len(j.units) {
+			return nil
+		}
+		if err := k.take(j, i); err != nil {
 			return err
 		}
-		u := &j.units[i]
-		u.worker, u.from, u.to = k.index, from, len(k.extents)
-		j.progress.add(n)
 	}
+	return nil
+}
+
+// workOn does the units that r touches.
+func (k *worker) workOn(j *job, r Range) error {
+	start := func(i int) uint64 { return j.pieces[j.units[i].first].GPA }
+	i := sort.Search(len(j.units), func(i int) bool { return start(i) > r.GPA })
+	for i = max(i-1, 0); i < len(j.units) && start(i) < r.GPA+r.Len; i++ {
+		if err := k.take(j, i); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// take does unit i, unless somebody else does or has.
+func (k *worker) take(j *job, i int) error {
+	u := &j.units[i]
+	if u.taken.Swap(true) {
+		return nil
+	}
+	from := len(k.extents)
+	n, err := k.do(j, j.piecesOf(i))
+	if err != nil {
+		return err
+	}
+	u.worker, u.from, u.to = k.index, from, len(k.extents)
+	j.progress.add(n)
+	return nil
 }
 
 // do stores one unit and returns how many bytes of the guest it covers.
@@ -207,8 +206,14 @@ func (k *worker) do(j *job, pieces []Range) (uint64, error) {
 	stored, codec := k.comp.compress(plain, k.w.opts.Codec)
 	compressed := time.Now()
 	k.compress += compressed.Sub(scanned)
-	err = k.put(stored, codec, uint32(len(plain)/PageSize))
+	pages := uint32(len(plain) / PageSize)
+	err = k.put(stored, codec, pages)
 	k.seal += time.Since(compressed)
+	if k.runs[0].page < diskPages {
+		k.stored += uint64(pages)
+	} else {
+		k.blocks += uint64(pages)
+	}
 	return bytes, err
 }
 
@@ -230,19 +235,19 @@ func (k *worker) gather(j *job, pieces []Range) (plain []byte, total uint64, err
 		total += p.Len
 		for at := 0; at < len(mem); {
 			end := len(mem)
-			if j.disk == nil || !j.disk.Layered {
+			if !j.keepsZeros(p.GPA) {
 				end = nonZero(mem, at)
 			}
 			if end == at {
 				at += PageSize
-				k.zero++
+				k.countZeros(p.GPA, 1)
 				continue
 			}
 			n := uint32((end - at) / PageSize)
 			k.runs = append(k.runs, extent{page: (p.GPA + uint64(at)) / PageSize, count: n, first: pages})
 			pages += n
 			if len(k.runs) == 1 && i == len(pieces)-1 && restZero(mem, end) {
-				k.zero += uint64(len(mem)-end) / PageSize
+				k.countZeros(p.GPA, uint64(len(mem)-end)/PageSize)
 				return mem[at:end], total, nil
 			}
 			k.stage = append(k.stage, mem[at:end]...)
@@ -253,22 +258,40 @@ func (k *worker) gather(j *job, pieces []Range) (plain []byte, total uint64, err
 }
 
 // bytes are the bytes of a piece: the guest's memory itself, or, until the next call, what
-// was read of the disk.
+// was read of it or of a disk.
 func (k *worker) bytes(j *job, p Range) ([]byte, error) {
-	if j.disk != nil {
-		if k.block == nil {
-			k.block = make([]byte, k.w.opts.ChunkSize)
-		}
-		return j.disk.read(k.block[:p.Len], p.GPA)
+	d := j.diskAt(p.GPA)
+	if d == nil && j.memory.View != nil {
+		return j.memory.view(p)
 	}
-	mem, err := j.view(p.GPA, int(p.Len))
-	if err != nil {
-		return nil, fmt.Errorf("guest memory at %#x: %w", p.GPA, err)
+	if k.block == nil {
+		k.block = make([]byte, k.w.opts.ChunkSize)
 	}
-	if uint64(len(mem)) != p.Len {
-		return nil, fmt.Errorf("%w: view of %#x has %d bytes, not %d", ErrInvalid, p.GPA, len(mem), p.Len)
+	if d != nil {
+		return d.read(k.block[:p.Len], p.GPA)
 	}
-	return mem, nil
+	return j.memory.read(k.block[:p.Len], p.GPA)
+}
+
+// diskAt is the disk that an address belongs to, nil for memory.
+func (j *job) diskAt(address uint64) *Disk {
+	if address < DiskStride {
+		return nil
+	}
+	return j.disks[int(address/DiskStride)-1]
+}
+
+// keepsZeros says whether blocks of zeros at an address must be stored like others.
+func (j *job) keepsZeros(address uint64) bool {
+	d := j.diskAt(address)
+	return d != nil && d.Layered
+}
+
+// countZeros counts pages of zeros, if they are memory.
+func (k *worker) countZeros(address, n uint64) {
+	if address < DiskStride {
+		k.zero += n
+	}
 }
 
 var zeroPage [PageSize]byte
@@ -312,7 +335,6 @@ func (k *worker) put(stored []byte, codec Codec, pages uint32) error {
 		pages:  pages,
 		codec:  codec,
 	})
-	k.stored += uint64(pages)
 	return nil
 }
 

@@ -58,14 +58,19 @@ func newReader(s *Store, f *os.File, id ID, identities []age.Identity) (*Reader,
 	if err := b.checkHeader(h, raw); err != nil {
 		return nil, err
 	}
-	r := &Reader{store: s, header: h, body: b, size: uint64(fi.Size())}
+	return s.reader(h, b, uint64(fi.Size())), nil
+}
+
+// reader makes a Reader of a header and a body that belong together. size is that of the manifest.
+func (s *Store) reader(h *Header, b *body, size uint64) *Reader {
+	r := &Reader{store: s, header: h, body: b, size: size}
 	for _, p := range b.packs {
 		r.packs = append(r.packs, &packReader{rec: p, path: s.PackPath(p.id)})
 	}
 	r.buffers.New = func() any {
 		return &fetchBuffers{make([]byte, b.maxStored), make([]byte, int(b.maxPages)*PageSize)}
 	}
-	return r, nil
+	return r
 }
 
 // decryptBody returns the plaintext of the age file in [from, to) of f.

@@ -40,7 +40,7 @@ const MaxChunkSize = maxChunkPages * PageSize
 type Options struct {
 	// Recipients are who can open the snapshot; at least one.
 	Recipients []age.Recipient
-	// Parent, if not nil, makes the snapshot a diff: what WriteMemory does not
+	// Parent, if not nil, makes the snapshot a diff: what Write does not
 	// write is as it is in the parent, which must be in the same store. It may
 	// be closed, but its packs must still be there when the Writer commits.
 	Parent *Reader
@@ -53,15 +53,11 @@ type Options struct {
 	// Codec is how chunks are compressed, where that makes them smaller; 0
 	// means CodecLZ4.
 	Codec Codec
-	// Progress, if not nil, is told how many of the bytes that a call of WriteMemory
-	// or WriteDisk was asked to write are done. It is called from one goroutine at a
+	// Progress, if not nil, is told how many of the bytes that a call of Write was asked to
+	// write are done. It is called from one goroutine at a
 	// time and should return soon.
 	Progress func(done, total uint64)
 }
-
-// View returns n bytes of guest memory at gpa without copying them. They must
-// not change before WriteMemory returns. It is called from several goroutines.
-type View func(gpa uint64, n int) ([]byte, error)
 
 // Info says what a Writer stored.
 type Info struct {
@@ -69,7 +65,7 @@ type Info struct {
 	RAMBytes    uint64 `json:"ram_bytes"`
 	StoredBytes uint64 `json:"stored_bytes"` // on disk: the manifest and the packs that this snapshot wrote
 	PagesStored uint64 `json:"pages_stored"` // guest pages written to its packs
-	ZeroPages   uint64 `json:"zero_pages"`   // guest pages given to WriteMemory that were zero
+	ZeroPages   uint64 `json:"zero_pages"`   // guest pages given to Write that were zero
 	DiskBlocks  uint64 `json:"disk_blocks"`  // blocks of disks, of PageSize, written to its packs
 	Chunks      int    `json:"chunks"`       // in the page map, ancestors' included
 
@@ -106,6 +102,10 @@ type Writer struct {
 	extents   []extent
 	zeros     *extent // a chunk of zero pages, if there is one: first is 0
 	info      Info
+
+	// What was committed.
+	header *Header
+	tables *bodyTables
 }
 
 // Create starts a snapshot. The caller must call Abort, or Commit with success;
@@ -226,7 +226,7 @@ func (w *Writer) commit(ctx context.Context) error {
 	}
 	w.info.Sync = time.Since(began)
 	began = time.Now()
-	header, tables := w.tables()
+	header, tables := w.makeTables()
 	manifest, err := w.stageManifest(header, tables)
 	if err != nil {
 		return fileError("write manifest", w.store.ManifestPath(w.id), err)
@@ -239,6 +239,7 @@ func (w *Writer) commit(ctx context.Context) error {
 		return err
 	}
 	w.info.Manifest = time.Since(began)
+	w.header, w.tables = header, tables
 	return nil
 }
 
@@ -260,8 +261,8 @@ func (w *Writer) finishPacks() error {
 	return errors.Join(errs...)
 }
 
-// tables returns the header and the body in canonical form.
-func (w *Writer) tables() (*Header, *bodyTables) {
+// makeTables returns the header and the body in canonical form.
+func (w *Writer) makeTables() (*Header, *bodyTables) {
 	packs := slices.Clone(w.inherited)
 	for _, k := range w.workers {
 		p := packRecord{origin: w.id, identity: w.key.String()}
@@ -276,7 +277,7 @@ func (w *Writer) tables() (*Header, *bodyTables) {
 	h := &Header{
 		Version:     Version,
 		ID:          w.id,
-		Created:     time.Now().UTC(),
+		Created:     time.Now().UTC().Round(0), // as it is read back: without the monotonic clock
 		RAMBytes:    w.ram,
 		PagesStored: w.info.PagesStored + w.info.DiskBlocks,
 	}
@@ -408,6 +409,20 @@ func (w *Writer) publishPacks(h *Header) error {
 		return fileError("sync", s.packs(), err)
 	}
 	return nil
+}
+
+// Reader opens the snapshot that was committed: whoever wrote it needs no identity for that. The caller must Close it.
+func (w *Writer) Reader() (*Reader, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.header == nil {
+		return nil, fmt.Errorf("%w: snapshot %v was not committed", ErrInvalid, w.id)
+	}
+	b, err := parseBody(w.tables.marshal())
+	if err != nil {
+		return nil, err
+	}
+	return w.store.reader(w.header, b, w.info.StoredBytes-w.header.PackBytes), nil
 }
 
 // Abort ends the Writer and removes everything that it wrote. After Commit has
