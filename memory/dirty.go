@@ -64,11 +64,7 @@ func (m *Memory) collect(dirty []Range, regions []pagemap.Region) []Range {
 		if m.lazy != nil {
 			m.lazy.own.set(next.GPA/PageSize, next.End()/PageSize)
 		}
-		if n := len(dirty); n > 0 && dirty[n-1].End() == next.GPA {
-			dirty[n-1].Len += next.Len
-			continue
-		}
-		dirty = append(dirty, next)
+		dirty = appendRange(dirty, next)
 	}
 	return dirty
 }

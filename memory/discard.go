@@ -36,5 +36,7 @@ func (m *Memory) Discard(gpa, n uint64) error {
 	if m.lazy != nil {
 		m.lazy.own.clear(lo/PageSize, hi/PageSize)
 	}
-	return m.mm.discard(Range{GPA: lo, Len: hi - lo})
+	err := m.mm.discard(Range{GPA: lo, Len: hi - lo})
+	m.wrote(lo, hi-lo) // all of it: after an error, nobody knows which pages are gone
+	return err
 }

@@ -49,6 +49,15 @@ type Range struct {
 // End is the address after the last.
 func (r Range) End() uint64 { return r.GPA + r.Len }
 
+// appendRange appends next, or makes the last range longer if it ends there.
+func appendRange(ranges []Range, next Range) []Range {
+	if n := len(ranges); n > 0 && ranges[n-1].End() == next.GPA {
+		ranges[n-1].Len += next.Len
+		return ranges
+	}
+	return append(ranges, next)
+}
+
 // Layout returns the RAM ranges of a machine with size bytes of memory, in
 // ascending order: one up to 3 GiB, two above. It is a pure function of size,
 // which is what makes a page map meaningful on another host.

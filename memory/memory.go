@@ -33,6 +33,7 @@ type Memory struct {
 	mu       sync.RWMutex
 	closed   bool
 	poisoned map[uint64]struct{} // pages that can't be had; not accessible
+	written  bitmap              // pages changed since TakeWrites; nil unless TrackWrites is on
 
 	busy sync.WaitGroup // calls under way; grows under mu, and not once closed
 
@@ -110,7 +111,10 @@ func (m *Memory) ReadAt(p []byte, gpa int64) (int, error) {
 // WriteAt copies p to RAM at guest physical address gpa. The pages become part
 // of the dirty set. All that is said of ReadAt holds here too.
 func (m *Memory) WriteAt(p []byte, gpa int64) (int, error) {
-	return m.access("write", p, gpa, func(ram []byte) { store(ram, p) })
+	return m.access("write", p, gpa, func(ram []byte) {
+		store(ram, p)
+		m.wrote(uint64(gpa), uint64(len(p)))
+	})
 }
 
 func (m *Memory) access(op string, p []byte, gpa int64, move func(ram []byte)) (int, error) {

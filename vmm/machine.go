@@ -47,6 +47,7 @@ type VM struct {
 	hw     Hardware
 
 	balloon *balloon.Device // one of virtio, or nil
+	track   tracking
 
 	mu       sync.Mutex // held by the calls that change phase, and while they take
 	phase    phase
@@ -113,10 +114,8 @@ func (vm *VM) build(vcpus int, devices []place) error {
 	if err := vm.createKernelDevices(); err != nil {
 		return err
 	}
-	for slot, r := range vm.mem.Ranges() {
-		if err := vm.kvm.SetUserMemoryRegion(uint32(slot), 0, r.GPA, r.Len, vm.mem.HostAddr(r.GPA)); err != nil {
-			return err
-		}
+	if err := vm.setSlots(0); err != nil {
+		return err
 	}
 	if err := vm.createDevices(); err != nil {
 		return err
@@ -130,6 +129,17 @@ func (vm *VM) build(vcpus int, devices []place) error {
 			return err
 		}
 		vm.vcpus = append(vm.vcpus, c)
+	}
+	return nil
+}
+
+// setSlots gives KVM the RAM, each range in the slot of its index, or changes the
+// flags of all slots.
+func (vm *VM) setSlots(flags uint32) error {
+	for slot, r := range vm.mem.Ranges() {
+		if err := vm.kvm.SetUserMemoryRegion(uint32(slot), flags, r.GPA, r.Len, vm.mem.HostAddr(r.GPA)); err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -234,6 +244,7 @@ func (vm *VM) release() error {
 		_ = vm.serial.Close(ctx)
 		cancel()
 	}
+	vm.track.close()
 	if vm.kvm != nil {
 		errs = append(errs, vm.kvm.Close())
 	}

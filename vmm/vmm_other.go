@@ -45,3 +45,7 @@ func (*VM) VCPUs() int                  { return 0 }
 func (*VM) SetBalloon(uint64) error     { return ErrNotSupported }
 func (*VM) Balloon() uint64             { return 0 }
 func (*VM) Ended() <-chan struct{}      { return nil }
+func (*VM) TrackDirty(bool) error       { return ErrNotSupported }
+
+// TakeDirty returns ErrNotSupported on this system.
+func (*VM) TakeDirty() ([]memory.Range, error) { return nil, ErrNotSupported }
