@@ -20,15 +20,23 @@ func (m *Memory) Discard(gpa, n uint64) error {
 	if !inRAM(m.ranges, gpa, n) {
 		return &RangeError{Op: "discard", GPA: int64(gpa), Len: int(min(n, math.MaxInt))}
 	}
+	lo, hi := (gpa+PageSize-1)&^(PageSize-1), (gpa+n)&^(PageSize-1)
+	hi = max(lo, hi)
 	// Nobody is touching a page, or noting it as resident, while this is held:
 	// what is missing afterwards is known to be.
 	m.mu.Lock()
+	for !m.closed && m.guarded(lo, hi-lo) {
+		m.mu.Unlock()
+		if err := m.release(lo, hi-lo); err != nil {
+			return err
+		}
+		m.mu.Lock()
+	}
 	defer m.mu.Unlock()
 	if m.closed {
 		return fmt.Errorf("memory: discard: %w", ErrClosed)
 	}
-	lo, hi := (gpa+PageSize-1)&^(PageSize-1), (gpa+n)&^(PageSize-1)
-	if lo >= hi {
+	if lo == hi {
 		return nil
 	}
 	// First, because it is right even if the system call fails halfway: a page

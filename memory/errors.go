@@ -13,6 +13,17 @@ var (
 	// fetched first. Call Resident for them.
 	ErrNotResident = errors.New("guest page is not resident")
 
+	// ErrFrozen says that the memory, or the Still, is frozen already. Close the
+	// Still before you make another.
+	ErrFrozen = errors.New("memory is frozen already: close its Still first")
+
+	// ErrNotHeld says that something is not whole pages that a Still has and that
+	// have not been read yet.
+	ErrNotHeld = errors.New("not whole pages that the still has and nobody has read")
+
+	// ErrStillClosed is returned by everything that is called after Still.Close.
+	ErrStillClosed = errors.New("still is closed")
+
 	// ErrSource says that the source of an image broke its contract: it
 	// installed pages outside of RAM, or did not install a page that its map
 	// says is in the chunk.

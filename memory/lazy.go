@@ -8,7 +8,7 @@ import (
 	"github.com/cryovisor/cryovisor/internal/uffd"
 )
 
-// Why a lazy mapping is not to be had; an eager one is. The messages say what to
+// Why a lazy mapping, or a Still, is not to be had; an eager mapping is. The messages say what to
 // do about it.
 var (
 	// ErrNotPermitted says that this process may not use userfaultfd.
@@ -16,6 +16,10 @@ var (
 	// ErrKernel says that the kernel has no userfaultfd. It matches
 	// errors.ErrUnsupported.
 	ErrKernel = uffd.ErrKernel
+	// ErrNoWriteProtect says that the kernel can't write-protect the memory of a
+	// machine, which Protect needs: it is older than Linux 5.19 or lacks
+	// CONFIG_PTE_MARKER_UFFD_WP. It matches errors.ErrUnsupported.
+	ErrNoWriteProtect = uffd.ErrNoWriteProtect
 )
 
 // zeroWindow is how much of a range of zeros a fault maps at once, in bytes and

@@ -34,6 +34,7 @@ type Memory struct {
 	closed   bool
 	poisoned map[uint64]struct{} // pages that can't be had; not accessible
 	written  bitmap              // pages changed since TakeWrites; nil unless TrackWrites is on
+	still    *Still              // the one that there is
 
 	busy sync.WaitGroup // calls under way; grows under mu, and not once closed
 
@@ -105,28 +106,33 @@ func (m *Memory) host(gpa uint64) uintptr { return m.mm.base() + uintptr(gpa) }
 // memory barrier before and after, so that rings shared with the guest can be
 // read and written with these methods.
 func (m *Memory) ReadAt(p []byte, gpa int64) (int, error) {
-	return m.access("read", p, gpa, func(ram []byte) { load(p, ram) })
+	return m.access("read", false, p, gpa, func(ram []byte) { load(p, ram) })
 }
 
 // WriteAt copies p to RAM at guest physical address gpa. The pages become part
 // of the dirty set. All that is said of ReadAt holds here too.
 func (m *Memory) WriteAt(p []byte, gpa int64) (int, error) {
-	return m.access("write", p, gpa, func(ram []byte) {
+	return m.access("write", true, p, gpa, func(ram []byte) {
 		store(ram, p)
 		m.wrote(uint64(gpa), uint64(len(p)))
 	})
 }
 
-func (m *Memory) access(op string, p []byte, gpa int64, move func(ram []byte)) (int, error) {
+func (m *Memory) access(op string, write bool, p []byte, gpa int64, move func(ram []byte)) (int, error) {
 	n := uint64(len(p))
 	if gpa < 0 || !inRAM(m.ranges, uint64(gpa), n) {
 		return 0, &RangeError{Op: op, GPA: gpa, Len: len(p)}
 	}
 	m.mu.RLock()
-	// Again, if what was made resident has been discarded before mu was held.
-	for !m.closed && m.missing(uint64(gpa), n) {
+	// Again, if what was made resident has been discarded before mu was held, or
+	// what was let go protected.
+	for !m.closed && (m.missing(uint64(gpa), n) || write && m.guarded(uint64(gpa), n)) {
 		m.mu.RUnlock()
-		if err := m.Resident(context.Background(), uint64(gpa), len(p)); err != nil {
+		err := m.Resident(context.Background(), uint64(gpa), len(p))
+		if err == nil && write {
+			err = m.release(uint64(gpa), n)
+		}
+		if err != nil {
 			return 0, err
 		}
 		m.mu.RLock()
@@ -199,34 +205,49 @@ func (m *Memory) Populate(ctx context.Context) error {
 
 // Close gives the memory back. Stop the machine first: a thread that is still in
 // KVM_RUN gets EFAULT, also one that waits for a page. Close cancels fetches,
-// waits for calls under way, and ends the pager. It is idempotent; later calls
+// gives a Still up, waits for calls under way, and ends the pager. It is idempotent; later calls
 // of other methods return ErrClosed. Views of the memory must not be used any
 // more, and KVM must not be told of its addresses again.
 func (m *Memory) Close() error {
 	m.mu.Lock()
 	again := m.closed
 	m.closed = true
+	s := m.still
 	m.mu.Unlock()
 	if again {
 		return nil
 	}
-	var err error
 	if m.lazy != nil {
 		m.lazy.cancel()
-		m.busy.Wait()
-		// Out of reach first, then let go: whoever still waits for a page must
-		// find an error there and not a hole of the image, which reads as zero.
-		for _, r := range m.ranges {
-			err = errors.Join(err, m.mm.deny(r))
-		}
-		err = errors.Join(err, m.lazy.close())
-		m.pagers.Wait()
+	}
+	if s != nil {
+		s.giveUp(ErrClosed)
 	}
 	m.busy.Wait()
+	err := m.endPager(s)
 	err = errors.Join(err, m.mm.unmap())
 	if m.img != nil {
 		err = errors.Join(err, m.img.release())
 	}
+	return err
+}
+
+// endPager lets go of all who wait for a page, or to write one that s protects.
+func (m *Memory) endPager(s *Still) error {
+	if m.lazy == nil && s == nil {
+		return nil
+	}
+	var err error
+	// Out of reach first, then let go: whoever still waits for a page must
+	// find an error there and not a hole of the image, which reads as zero.
+	for _, r := range m.ranges {
+		err = errors.Join(err, m.mm.deny(r))
+	}
+	if s != nil {
+		err = errors.Join(err, s.hangUp())
+	}
+	err = errors.Join(err, m.lazy.close())
+	m.pagers.Wait()
 	return err
 }
 

@@ -3,6 +3,7 @@ package memory
 import (
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"github.com/cryovisor/cryovisor/internal/uffd"
@@ -12,21 +13,26 @@ import (
 // threads fault at the same time.
 const eventBatch = 16
 
+// defaultHandlers is how many goroutines wait for faults unless somebody asked for
+// another number: while one works on what it read, another waits for more.
+const defaultHandlers = 2
+
 func (m *Memory) startPager(handlers int) {
 	if handlers <= 0 {
-		handlers = 2
+		handlers = defaultHandlers
 	}
 	for range handlers {
-		m.pagers.Go(m.handle)
+		m.pagers.Go(func() { m.handle(m.lazy.fd, &m.pagers) })
 	}
 }
 
-// handle serves faults until the descriptor is closed. While one handler works
-// on what it read, another waits for more.
-func (m *Memory) handle() {
+// handle serves the faults of fd until that is closed, with the help of more
+// goroutines of the same group: those that may have to wait must not keep it from
+// serving others.
+func (m *Memory) handle(fd *uffd.FD, group *sync.WaitGroup) {
 	events := make([]uffd.Event, eventBatch)
 	for {
-		n, err := m.lazy.fd.Read(events)
+		n, err := fd.Read(events)
 		if errors.Is(err, uffd.ErrClosed) {
 			return
 		}
@@ -40,10 +46,13 @@ func (m *Memory) handle() {
 				continue
 			}
 			gpa := uint64(addr - m.host(0))
-			if m.resident(gpa/PageSize) || i == n-1 {
+			switch {
+			case events[i].Protected():
+				group.Go(func() { m.held(fd, gpa) })
+			case m.resident(gpa/PageSize) || i == n-1:
 				m.fault(gpa)
-			} else {
-				m.pagers.Go(func() { m.fault(gpa) })
+			default:
+				group.Go(func() { m.fault(gpa) })
 			}
 		}
 	}
@@ -79,6 +88,12 @@ func (m *Memory) poison(page Range) error {
 	if m.resident(page.GPA / PageSize) {
 		return nil // somebody else has fetched it in the meantime
 	}
+	return m.withdraw(page)
+}
+
+// withdraw makes a page inaccessible, to Go code too. The caller holds mu for
+// writing.
+func (m *Memory) withdraw(page Range) error {
 	if err := m.mm.deny(page); err != nil {
 		return err
 	}
@@ -102,13 +117,17 @@ func (m *Memory) checkPoison(gpa, n uint64) error {
 
 // Fail has every access to a page that is still missing fail from now on,
 // including those that wait for one: fetches under way are cancelled, and
-// system calls, KVM_RUN included, get EFAULT. Use it to get the vCPUs of a
+// system calls, KVM_RUN included, get EFAULT. A [Still] is given up, and writes that
+// wait for its reader go on. Use it to get the vCPUs of a
 // machine out of a fetch that takes too long. err is what Err will say, unless
 // the memory has failed before.
 func (m *Memory) Fail(err error) {
 	m.fail(err)
 	if m.lazy != nil {
 		m.lazy.cancel()
+	}
+	if s := m.current(); s != nil {
+		s.giveUp(err)
 	}
 }
 

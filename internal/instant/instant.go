@@ -44,6 +44,9 @@ type Config struct {
 	Read func(p []byte, off int64) error
 	// Buffers is how many units are copied and not yet read at most; 0 means DefaultBuffers.
 	Buffers int
+	// Wanted, if not nil, is told of each unit that was copied: it had better be read soon, since it takes a buffer, for which
+	// others may wait. Not all of it need belong to the instant. Wanted must not wait for anything.
+	Wanted func(off, n int64)
 }
 
 // Instant is the contents of a store at the time of New. Its methods may be called from any number of goroutines.
@@ -51,7 +54,6 @@ type Instant struct {
 	cfg    Config
 	units  []*unit       // ascending
 	free   chan []byte   // buffers of UnitSize; nil ones have not been allocated
-	wanted chan Extent   // units that were copied
 	closed chan struct{} // nobody reads it any more
 
 	once sync.Once
@@ -75,7 +77,7 @@ func New(cfg Config) *Instant {
 	n := cmp.Or(cfg.Buffers, DefaultBuffers)
 	s := &Instant{
 		cfg: cfg, units: cut(cfg.Blocks),
-		free: make(chan []byte, n), wanted: make(chan Extent, 4*n), closed: make(chan struct{}),
+		free: make(chan []byte, n), closed: make(chan struct{}),
 	}
 	for range n {
 		s.free <- nil
@@ -143,9 +145,8 @@ func (s *Instant) keep(u *unit) {
 		s.free <- buf
 		return
 	}
-	select {
-	case s.wanted <- Extent{u.index * UnitSize, UnitSize}:
-	default: // it is a hint
+	if s.cfg.Wanted != nil {
+		s.cfg.Wanted(u.index*UnitSize, UnitSize)
 	}
 }
 
@@ -229,9 +230,6 @@ func (s *Instant) read(u *unit, p []byte, off int64) error {
 	}
 	return nil
 }
-
-// Wanted delivers extents that had better be read soon: they take a buffer, for which others may wait. It is never closed.
-func (s *Instant) Wanted() <-chan Extent { return s.wanted }
 
 // Close gives the instant up, whether it has been read or not. Nobody waits in Keep any more, and nothing is copied.
 func (s *Instant) Close() {

@@ -122,12 +122,14 @@ func readAll(t *testing.T, in *instant.Instant, rng *rand.Rand, blocks []instant
 // What was copied is asked for, and frees the writer that waits when it is read.
 func TestWanted(t *testing.T) {
 	s := newStore(1, 4*instant.UnitSize)
+	wanted := make(chan instant.Extent, 4)
 	in := instant.New(instant.Config{
 		Size: 4 * instant.UnitSize, Read: s.read, Buffers: 1,
 		Blocks: []instant.Extent{{Off: 0, Len: 4 * instant.UnitSize}},
+		Wanted: func(off, n int64) { wanted <- instant.Extent{Off: off, Len: n} },
 	})
 	in.Keep(instant.UnitSize+5, 1)
-	e := <-in.Wanted()
+	e := <-wanted
 	if (e != instant.Extent{Off: instant.UnitSize, Len: instant.UnitSize}) {
 		t.Fatalf("wanted %+v", e)
 	}
@@ -140,7 +142,7 @@ func TestWanted(t *testing.T) {
 		t.Fatal(err)
 	}
 	<-waited
-	if e := <-in.Wanted(); e.Off != 0 {
+	if e := <-wanted; e.Off != 0 {
 		t.Fatalf("wanted %+v", e)
 	}
 }
@@ -148,16 +150,18 @@ func TestWanted(t *testing.T) {
 // Close lets writers go that wait for a buffer.
 func TestClose(t *testing.T) {
 	s := newStore(1, 2*instant.UnitSize)
+	copied := make(chan struct{}, 2)
 	in := instant.New(instant.Config{
 		Size: 2 * instant.UnitSize, Read: s.read, Buffers: 1,
 		Blocks: []instant.Extent{{Off: 0, Len: 2 * instant.UnitSize}},
+		Wanted: func(int64, int64) { copied <- struct{}{} },
 	})
 	waited := make(chan struct{})
 	go func() {
 		in.Keep(0, 2*instant.UnitSize) // two units, one buffer
 		close(waited)
 	}()
-	<-in.Wanted()
+	<-copied
 	in.Close()
 	in.Close()
 	<-waited

@@ -3,17 +3,24 @@ package uffd
 // Requests: _IO, _IOR and _IOWR of type 0xAA (linux/userfaultfd.h). The size of
 // the argument is a part of the number; the tests check it.
 const (
-	iocNew      = 0xAA00
-	reqAPI      = 0xC018AA3F
-	reqRegister = 0xC020AA00
-	reqWake     = 0x8010AA02
-	reqZeroPage = 0xC020AA04
+	iocNew          = 0xAA00
+	reqAPI          = 0xC018AA3F
+	reqRegister     = 0xC020AA00
+	reqWake         = 0x8010AA02
+	reqZeroPage     = 0xC020AA04
+	reqWriteProtect = 0xC018AA06
 
-	apiVersion   = 0xAA
-	missingShmem = 1 << 5 // UFFD_FEATURE_MISSING_SHMEM
+	apiVersion       = 0xAA
+	pageFaultFlagWP  = 1 << 0  // UFFD_FEATURE_PAGEFAULT_FLAG_WP, Linux 5.7
+	missingShmem     = 1 << 5  // UFFD_FEATURE_MISSING_SHMEM
+	wpHugetlbfsShmem = 1 << 12 // UFFD_FEATURE_WP_HUGETLBFS_SHMEM, Linux 5.19
+	writeProtection  = pageFaultFlagWP | wpHugetlbfsShmem
 
 	eventPageFault = 0x12   // UFFD_EVENT_PAGEFAULT
 	faultWrite     = 1 << 0 // UFFD_PAGEFAULT_FLAG_WRITE
+	faultWP        = 1 << 1 // UFFD_PAGEFAULT_FLAG_WP
+
+	writeProtectOn = 1 << 0 // UFFDIO_WRITEPROTECT_MODE_WP
 )
 
 // api is struct uffdio_api.
@@ -33,6 +40,12 @@ type zeroPage struct {
 	span
 	mode uint64
 	done int64 // bytes, or a negative errno
+}
+
+// writeProtect is struct uffdio_writeprotect.
+type writeProtect struct {
+	span
+	mode uint64
 }
 
 // An Event is one message of the kernel: struct uffd_msg with the page fault

@@ -30,5 +30,13 @@ var ErrKernel = fmt.Errorf("the kernel lacks userfaultfd for shared memory"+
 // ErrClosed is returned by a Read that Close ended, and by all later calls.
 var ErrClosed = errors.New("userfaultfd is closed")
 
+// ErrNoWriteProtect says that this kernel can't write-protect all kinds of
+// memory. It matches errors.ErrUnsupported.
+var ErrNoWriteProtect = fmt.Errorf("the kernel lacks write protection by userfaultfd for shared memory"+
+	" (Linux 5.19 or later with CONFIG_PTE_MARKER_UFFD_WP): %w", errors.ErrUnsupported)
+
 // Registration modes (linux/userfaultfd.h, UFFDIO_REGISTER_MODE_*).
-const ModeMissing = 1 << 0 // a page that is not there yet
+const (
+	ModeMissing      = 1 << 0 // a page that is not there yet
+	ModeWriteProtect = 1 << 1 // a write to a page that WriteProtect has protected
+)

@@ -14,8 +14,9 @@ import (
 
 // An FD is a userfaultfd. All methods are safe for concurrent use.
 type FD struct {
-	f   *os.File
-	raw syscall.RawConn
+	f        *os.File
+	raw      syscall.RawConn
+	features uint64 // what the kernel has
 }
 
 // Open makes a userfaultfd, from /dev/userfaultfd if that may be opened and
@@ -31,14 +32,26 @@ func Open() (*FD, error) {
 	}
 	// The handshake comes before the descriptor joins the netpoller: polling
 	// one that has not had it reports an error.
-	hello := api{version: apiVersion, features: missingShmem}
-	if err := ioctl(uintptr(fd), reqAPI, &hello); err != nil {
-		if errors.Is(err, unix.EINVAL) {
-			err = ErrKernel
-		}
+	features, err := handshake(fd)
+	if err != nil {
 		return nil, fmt.Errorf("userfaultfd: agree on the API: %w", errors.Join(err, unix.Close(fd)))
 	}
-	return wrap(fd)
+	return wrap(fd, features)
+}
+
+// handshake asks for write protection too, and goes without where the kernel has
+// never heard of it. It returns what the kernel has.
+func handshake(fd int) (features uint64, err error) {
+	hello := api{version: apiVersion, features: missingShmem | writeProtection}
+	err = ioctl(uintptr(fd), reqAPI, &hello)
+	if errors.Is(err, unix.EINVAL) {
+		hello = api{version: apiVersion, features: missingShmem}
+		err = ioctl(uintptr(fd), reqAPI, &hello)
+	}
+	if errors.Is(err, unix.EINVAL) {
+		err = ErrKernel
+	}
+	return hello.features, err
 }
 
 func openDevice() (int, error) {
@@ -71,7 +84,7 @@ func openSyscall(device error) (int, error) {
 
 // wrap hands fd to the netpoller: Close wakes a reader that waits there, and
 // would not wake one that is blocked in read(2).
-func wrap(fd int) (*FD, error) {
+func wrap(fd int, features uint64) (*FD, error) {
 	f := os.NewFile(uintptr(fd), "userfaultfd")
 	if err := f.SetReadDeadline(time.Time{}); err != nil {
 		f.Close()
@@ -82,7 +95,7 @@ func wrap(fd int) (*FD, error) {
 		f.Close()
 		return nil, fmt.Errorf("userfaultfd: %w", err)
 	}
-	return &FD{f, raw}, nil
+	return &FD{f, raw, features}, nil
 }
 
 // Close ends all reads, and lets go of every registered range: a thread that
@@ -143,6 +156,37 @@ func (d *FD) ZeroPage(addr, length uintptr) (pages int, err error) {
 	return pages, nil
 }
 
+// CanWriteProtect is nil if WriteProtect works for memory of all kinds, and
+// otherwise ErrNoWriteProtect.
+func (d *FD) CanWriteProtect() error {
+	if d.features&writeProtection != writeProtection {
+		return ErrNoWriteProtect
+	}
+	return nil
+}
+
+// WriteProtect has writes to the pages of the range that are there wait from now
+// on, or takes that off again and lets those go that wait. The range must lie in
+// one mapping that is registered with ModeWriteProtect. Pages of anonymous memory
+// that are not there yet are not protected.
+func (d *FD) WriteProtect(addr, length uintptr, on bool) error {
+	arg := writeProtect{span: span{uint64(addr), uint64(length)}}
+	if on {
+		arg.mode = writeProtectOn
+	}
+	for {
+		err := control(d, reqWriteProtect, &arg)
+		if errors.Is(err, unix.EAGAIN) {
+			runtime.Gosched() // the mapping is being changed: try again
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("userfaultfd: write protection of %d bytes: %w", length, err)
+		}
+		return nil
+	}
+}
+
 // Read waits for faults and stores them in events, as many as there are. It
 // returns ErrClosed after Close.
 func (d *FD) Read(events []Event) (int, error) {
@@ -170,6 +214,10 @@ func (d *FD) Read(events []Event) (int, error) {
 func (e *Event) Fault() (addr uintptr, write, ok bool) {
 	return uintptr(e.addr) &^ (PageSize - 1), e.flags&faultWrite != 0, e.event == eventPageFault
 }
+
+// Protected says whether a page fault is a write to a page that WriteProtect has
+// protected: that page is there.
+func (e *Event) Protected() bool { return e.flags&faultWP != 0 }
 
 func ioctl[T any](fd, req uintptr, arg *T) error {
 	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, fd, req, uintptr(unsafe.Pointer(arg))); errno != 0 {

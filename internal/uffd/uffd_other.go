@@ -23,8 +23,17 @@ func (d *FD) Wake(addr, length uintptr) error { return ErrKernel }
 // ZeroPage returns ErrKernel.
 func (d *FD) ZeroPage(addr, length uintptr) (pages int, err error) { return 0, ErrKernel }
 
+// CanWriteProtect returns ErrNoWriteProtect.
+func (d *FD) CanWriteProtect() error { return ErrNoWriteProtect }
+
+// WriteProtect returns ErrKernel.
+func (d *FD) WriteProtect(addr, length uintptr, on bool) error { return ErrKernel }
+
 // Read returns ErrKernel.
 func (d *FD) Read(events []Event) (int, error) { return 0, ErrKernel }
 
 // Fault is never ok.
 func (e *Event) Fault() (addr uintptr, write, ok bool) { return 0, false, false }
+
+// Protected is never true.
+func (e *Event) Protected() bool { return false }
