@@ -28,6 +28,7 @@ type Overlay struct {
 	blocks  *blockMap
 	writers stripes
 	writes  atomic.Uint64
+	epoch   epoch
 
 	flush    sync.Mutex
 	flushErr error // of the first sync that failed
@@ -195,6 +196,7 @@ func (o *Overlay) WriteAt(p []byte, off int64) (int, error) {
 	}
 	o.writes.Add(1)
 	defer o.writers.lock(off, n)()
+	defer o.note(off, n)
 	if err := o.write(p, off); err != nil {
 		return 0, o.wrap("write", off, n, err)
 	}
@@ -271,6 +273,7 @@ func (o *Overlay) zero(op string, off, n int64) error {
 	}
 	o.writes.Add(1)
 	defer o.writers.lock(off, n)()
+	defer o.note(off, n)
 	size := o.head.blockSize()
 	first, last := (off+size-1)&^(size-1), (off+n)&^(size-1)
 	if off+n == o.head.size {
