@@ -29,6 +29,7 @@ type Overlay struct {
 	writers stripes
 	writes  atomic.Uint64
 	epoch   epoch
+	still   atomic.Pointer[Still] // nil: nothing is kept
 
 	flush    sync.Mutex
 	flushErr error // of the first sync that failed
@@ -195,6 +196,7 @@ func (o *Overlay) WriteAt(p []byte, off int64) (int, error) {
 		return 0, err
 	}
 	o.writes.Add(1)
+	o.keep(off, n)
 	defer o.writers.lock(off, n)()
 	defer o.note(off, n)
 	if err := o.write(p, off); err != nil {
@@ -272,6 +274,7 @@ func (o *Overlay) zero(op string, off, n int64) error {
 		return err
 	}
 	o.writes.Add(1)
+	o.keep(off, n)
 	defer o.writers.lock(off, n)()
 	defer o.note(off, n)
 	size := o.head.blockSize()
