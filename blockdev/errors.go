@@ -18,6 +18,12 @@ var (
 	ErrInUse = errors.New("blockdev: the overlay is in use")
 	// ErrBase says that a base image is not the one that a disk was made on; see BaseError.
 	ErrBase = errors.New("blockdev: not the disk's base image")
+	// ErrFrozen says that there is a Still of an overlay already.
+	ErrFrozen = errors.New("blockdev: the overlay is frozen already; close its Still first")
+	// ErrBlocks says that ranges are not whole blocks, ascending and apart.
+	ErrBlocks = errors.New("blockdev: not whole blocks in ascending order")
+	// ErrNotHeld says that a block does not belong to a Still, or has been read before.
+	ErrNotHeld = errors.New("blockdev: the block is not held")
 )
 
 // RangeError says that a range is not within the disk.

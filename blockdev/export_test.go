@@ -25,3 +25,8 @@ func SealOverlayHeader(b []byte) []byte {
 	copy(b[overlayDigestAt:], sum[:])
 	return b
 }
+
+// FreezeWith is Freeze with so many copies at most.
+func (o *Overlay) FreezeWith(blocks []Extent, buffers int) (*Still, error) {
+	return o.freeze(blocks, buffers)
+}

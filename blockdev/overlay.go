@@ -28,6 +28,8 @@ type Overlay struct {
 	blocks  *blockMap
 	writers stripes
 	writes  atomic.Uint64
+	epoch   epoch
+	still   atomic.Pointer[Still] // nil: nothing is kept
 
 	flush    sync.Mutex
 	flushErr error // of the first sync that failed
@@ -194,7 +196,9 @@ func (o *Overlay) WriteAt(p []byte, off int64) (int, error) {
 		return 0, err
 	}
 	o.writes.Add(1)
+	o.keep(off, n)
 	defer o.writers.lock(off, n)()
+	defer o.note(off, n)
 	if err := o.write(p, off); err != nil {
 		return 0, o.wrap("write", off, n, err)
 	}
@@ -270,7 +274,9 @@ func (o *Overlay) zero(op string, off, n int64) error {
 		return err
 	}
 	o.writes.Add(1)
+	o.keep(off, n)
 	defer o.writers.lock(off, n)()
+	defer o.note(off, n)
 	size := o.head.blockSize()
 	first, last := (off+size-1)&^(size-1), (off+n)&^(size-1)
 	if off+n == o.head.size {
