@@ -54,7 +54,7 @@ func RunTest(t *testing.T, cfg Config, body func(t *testing.T)) {
 		cfg.TimeLimit = min(cfg.TimeLimit, time.Until(deadline)-spareTime)
 	}
 	log := &testLog{name: t.Name(), log: t.Log}
-	cfg.Binary, cfg.Args, cfg.Stdout, cfg.Stderr = binary, testArgs(t.Name(), runFlag(), cfg.TimeLimit), log, nil
+	cfg.Binary, cfg.Args, cfg.Stdout, cfg.Stderr = binary, testArgs(t.Name(), flagValue("test.run"), cfg.TimeLimit), log, nil
 	code, err := Run(t.Context(), cfg)
 	log.flush()
 	switch {
@@ -66,6 +66,31 @@ func RunTest(t *testing.T, cfg Config, body func(t *testing.T)) {
 		t.Skip("skipped in the KVM lab")
 	case !log.passed:
 		t.Fatalf("%s did not run in the KVM lab", t.Name())
+	}
+}
+
+// RunBenchmark is RunTest for a top-level benchmark. What it prints in the lab goes to standard output.
+func RunBenchmark(b *testing.B, cfg Config, body func(b *testing.B)) {
+	b.Helper()
+	if Inside() || Direct() {
+		body(b)
+		return
+	}
+	if err := Available(); err != nil {
+		b.Skip(err)
+	}
+	binary, err := staticTestBinary(b.Context(), b.TempDir())
+	if err != nil {
+		b.Fatal(err)
+	}
+	cfg.Binary, cfg.Stdout = binary, os.Stdout
+	cfg.Args = []string{"-test.run=^$", "-test.bench=" + pattern(b.Name(), flagValue("test.bench"))}
+	code, err := Run(b.Context(), cfg)
+	if err != nil {
+		b.Fatal(err)
+	}
+	if code != 0 {
+		b.Fatalf("%s failed in the KVM lab with exit code %d: see above", b.Name(), code)
 	}
 }
 
@@ -87,22 +112,27 @@ func staticTestBinary(ctx context.Context, dir string) (string, error) {
 	return binary, goBuild(ctx, "test", "-c", "-o", binary, ".")
 }
 
-// runFlag is the value of this test binary's -run.
-func runFlag() string {
-	if f := flag.Lookup("test.run"); f != nil {
+// flagValue is the value of a flag of this test binary.
+func flagValue(name string) string {
+	if f := flag.Lookup(name); f != nil {
 		return f.Value.String()
 	}
 	return ""
 }
 
+// pattern chooses one test, or benchmark, and of what is below it what the pattern here chooses.
+func pattern(name, here string) string {
+	p := "^" + regexp.QuoteMeta(name) + "$"
+	if _, sub, ok := strings.Cut(here, "/"); ok {
+		p += "/" + sub
+	}
+	return p
+}
+
 // testArgs are the flags of a test binary that run one test in the lab, and of its subtests those
 // that the -run flag here chooses. Its time limit leaves it time to print its goroutines.
 func testArgs(name, runHere string, limit time.Duration) []string {
-	run := "^" + regexp.QuoteMeta(name) + "$"
-	if _, sub, ok := strings.Cut(runHere, "/"); ok {
-		run += "/" + sub
-	}
-	args := []string{"-test.v", "-test.run=" + run, "-test.timeout=" + max(limit-spareTime, limit/2).String()}
+	args := []string{"-test.v", "-test.run=" + pattern(name, runHere), "-test.timeout=" + max(limit-spareTime, limit/2).String()}
 	if testing.Short() {
 		args = append(args, "-test.short")
 	}

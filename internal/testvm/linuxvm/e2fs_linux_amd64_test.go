@@ -22,7 +22,7 @@ const mke2fsConf = "/etc/mke2fs.conf"
 var library = regexp.MustCompile(`(?m)(/\S+) \(0x`)
 
 // withE2fs adds the programs for disks, and all that they need, to what is in the lab.
-func withE2fs(t *testing.T, cfg kvmlab.Config) kvmlab.Config {
+func withE2fs(t testing.TB, cfg kvmlab.Config) kvmlab.Config {
 	t.Helper()
 	if kvmlab.Inside() || kvmlab.Direct() {
 		return cfg
@@ -62,7 +62,7 @@ func findSystem(name string) (string, error) {
 }
 
 // newDisk makes a sparse file with an empty ext4 file system.
-func newDisk(t *testing.T, mib int64) string {
+func newDisk(t testing.TB, mib int64) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "disk")
 	f, err := os.Create(path)
@@ -79,12 +79,12 @@ func newDisk(t *testing.T, mib int64) string {
 }
 
 // checkDisk checks the file system of a disk that was unmounted, every structure of it, and changes nothing.
-func checkDisk(t *testing.T, path string) error {
+func checkDisk(t testing.TB, path string) error {
 	t.Helper()
 	return runE2fs(t, "e2fsck", "-f", "-n", path)
 }
 
-func runE2fs(t *testing.T, name string, args ...string) error {
+func runE2fs(t testing.TB, name string, args ...string) error {
 	t.Helper()
 	file, err := findSystem(name)
 	if err != nil {

@@ -36,23 +36,41 @@ func Run(t *testing.T, cfg kvmlab.Config, body func(t *testing.T, lab *Lab)) {
 // RunWith is Run with more programs at hand, for Options.
 func RunWith(t *testing.T, cfg kvmlab.Config, programs []string, body func(t *testing.T, lab *Lab)) {
 	t.Helper()
-	dir := "."
-	if !kvmlab.Inside() && (kvmlab.Direct() || kvmlab.Available() == nil) {
-		dir = t.TempDir()
-		for _, name := range append([]string{initFile}, programs...) {
-			if err := buildProgram(t.Context(), dir, name); err != nil {
-				t.Fatal(err)
-			}
-			cfg.Files = append(cfg.Files, kvmlab.File{Path: name, Source: filepath.Join(dir, name)})
-		}
+	dir, cfg := withPrograms(t, cfg, programs)
+	kvmlab.RunTest(t, cfg, func(t *testing.T) { body(t, mustOpenLab(t, dir)) })
+}
+
+// RunBenchmark is RunWith for a benchmark.
+func RunBenchmark(b *testing.B, cfg kvmlab.Config, programs []string, body func(b *testing.B, lab *Lab)) {
+	b.Helper()
+	dir, cfg := withPrograms(b, cfg, programs)
+	kvmlab.RunBenchmark(b, cfg, func(b *testing.B) { body(b, mustOpenLab(b, dir)) })
+}
+
+// withPrograms makes the guest program and others, where guests can run, and returns the directory in which the body finds
+// them.
+func withPrograms(t testing.TB, cfg kvmlab.Config, programs []string) (string, kvmlab.Config) {
+	t.Helper()
+	if kvmlab.Inside() || !kvmlab.Direct() && kvmlab.Available() != nil {
+		return ".", cfg
 	}
-	kvmlab.RunTest(t, cfg, func(t *testing.T) {
-		lab, err := openLab(dir)
-		if err != nil {
+	dir := t.TempDir()
+	for _, name := range append([]string{initFile}, programs...) {
+		if err := buildProgram(t.Context(), dir, name); err != nil {
 			t.Fatal(err)
 		}
-		body(t, lab)
-	})
+		cfg.Files = append(cfg.Files, kvmlab.File{Path: name, Source: filepath.Join(dir, name)})
+	}
+	return dir, cfg
+}
+
+func mustOpenLab(t testing.TB, dir string) *Lab {
+	t.Helper()
+	lab, err := openLab(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return lab
 }
 
 // Lab is where Linux guests run, with what they are made of.

@@ -24,7 +24,7 @@ import (
 
 // saga is a guest that lives in one process after another, with one console and one set of logs through all of them.
 type saga struct {
-	t       *testing.T
+	t       testing.TB
 	console *Console
 	input   pipe // to the guest's console
 	job     job
@@ -47,7 +47,7 @@ type savedSaga struct {
 // logNames are the logs of the guest program's load.
 var logNames = []string{"files", "heap", "mapped", "pipe", "tcp", "timer", "unlinked"}
 
-func newSaga(t *testing.T, lab *Lab, opts Options) *saga {
+func newSaga(t testing.TB, lab *Lab, opts Options) *saga {
 	t.Helper()
 	identity, err := age.GenerateX25519Identity()
 	if err != nil {
