@@ -59,6 +59,7 @@ type rig struct {
 	content testvm.Content
 	store   *snapshot.Store
 	key     *age.X25519Identity
+	device  *testvm.Device // of the machine that was booted
 	reports atomic.Int64
 }
 
@@ -104,10 +105,10 @@ func (r *rig) must(err error) {
 // it is not part of what is measured.
 func (r *rig) boot() *lifecycle.Machine {
 	r.b.Helper()
-	d := testvm.NewDevice(r.worker, nil, testvm.NoLimit, func(testvm.Report) { r.reports.Add(1) })
+	r.device = testvm.NewDevice(r.worker, nil, testvm.NoLimit, func(testvm.Report) { r.reports.Add(1) })
 	m, err := lifecycle.Boot(r.b.Context(), vmm.Config{
 		MemoryBytes: r.worker.Config().Memory, Boot: r.worker.Image().Program(),
-		Hardware: vmm.Hardware{Ports: []vmm.Ports{d.Ports()}},
+		Hardware: vmm.Hardware{Ports: []vmm.Ports{r.device.Ports()}},
 	}, lifecycle.Disks{})
 	r.must(err)
 	mem := m.VM.Memory()
@@ -126,13 +127,20 @@ func (r *rig) work(n int64) {
 	}
 }
 
+func (r *rig) options() lifecycle.PauseOptions {
+	return lifecycle.PauseOptions{Recipients: []age.Recipient{r.key.Recipient()}}
+}
+
 func (r *rig) pause(m *lifecycle.Machine) lifecycle.Paused {
 	r.b.Helper()
-	p, err := m.Pause(context.Background(), r.store, lifecycle.PauseOptions{
-		Recipients: []age.Recipient{r.key.Recipient()},
-	})
+	p, err := m.Pause(context.Background(), r.store, r.options())
 	r.must(err)
 	return p
+}
+
+func (r *rig) delete(id snapshot.ID) {
+	r.b.Helper()
+	r.must(r.store.Delete(context.Background(), id))
 }
 
 // firstSign notes a guest's first port access.
@@ -173,84 +181,9 @@ func (r *rig) resume(id snapshot.ID, eager bool) (m *lifecycle.Machine, entered,
 
 func gib(bytes uint64) string { return fmt.Sprintf("%dGiB", bytes>>30) }
 
-// allocatedBytes is all that this process has ever allocated.
-func allocatedBytes() uint64 {
-	var m runtime.MemStats
-	runtime.ReadMemStats(&m)
-	return m.TotalAlloc
-}
-
 func percentile(d []time.Duration, p float64) float64 {
 	slices.Sort(d)
 	return float64(d[int(p*float64(len(d)-1))].Microseconds()) / 1000
-}
-
-// BenchmarkPause measures from the call until the snapshot is durable.
-func BenchmarkPause(b *testing.B) {
-	for _, ram := range fitting(b) {
-		b.Run("full/"+gib(ram), func(b *testing.B) {
-			r := newRig(b, ram, 0)
-			m := r.boot()
-			defer m.Close()
-			var total, freeze time.Duration
-			var allocated uint64
-			var p lifecycle.Paused
-			for b.Loop() {
-				before := allocatedBytes()
-				p = r.pause(m)
-				allocated += allocatedBytes() - before
-				total, freeze = total+p.Total, freeze+p.Freeze
-				b.StopTimer()
-				r.must(r.store.Delete(context.Background(), p.ID))
-				r.must(m.VM.Resume())
-				r.work(10)
-				b.StartTimer()
-			}
-			n := float64(b.N)
-			b.ReportMetric(total.Seconds()/n/(float64(ram)/(1<<30)), "s/GiB")
-			b.ReportMetric(float64(freeze.Microseconds())/1000/n, "freeze-ms")
-			b.ReportMetric(float64(ram)/float64(p.StoredBytes), "stored-ratio")
-			b.ReportMetric(float64(allocated)/(1<<20)/n, "alloc-MiB")
-			b.ReportMetric(0, "ns/op")
-		})
-	}
-	b.Run("diff/4GiB", func(b *testing.B) { benchDiff(b, 4<<30, 64<<20) })
-}
-
-// benchDiff measures pauses of a guest that has written about dirty bytes since
-// its resume.
-func benchDiff(b *testing.B, ram, dirty uint64) {
-	r := newRig(b, ram, dirty)
-	m := r.boot()
-	first := r.pause(m)
-	r.must(m.Close())
-	var total, freeze time.Duration
-	var looked uint64
-	for b.Loop() {
-		b.StopTimer()
-		m, _, _ = r.resume(first.ID, false)
-		for touched := uint64(0); touched < dirty*9/10; {
-			r.work(100)
-			ranges, err := m.VM.Memory().Dirty(context.Background())
-			r.must(err)
-			touched = 0
-			for _, g := range ranges {
-				touched += g.Len
-			}
-		}
-		b.StartTimer()
-		p := r.pause(m)
-		b.StopTimer()
-		total, freeze, looked = total+p.Total, freeze+p.Freeze, looked+p.CandidateBytes
-		r.must(m.Close())
-		r.must(r.store.Delete(context.Background(), p.ID))
-		b.StartTimer()
-	}
-	n := float64(b.N)
-	b.ReportMetric(float64(total.Microseconds())/1000/n, "ms")
-	b.ReportMetric(float64(freeze.Microseconds())/1000/n, "freeze-ms")
-	b.ReportMetric(float64(looked)/(1<<20)/n, "dirty-MiB")
-	b.ReportMetric(0, "ns/op")
 }
 
 // BenchmarkResume measures from opening the snapshot: until the guest is entered

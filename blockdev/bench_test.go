@@ -196,7 +196,7 @@ func newOverlay(b *testing.B, size int64) *blockdev.Overlay {
 
 func mustFreeze(b *testing.B, o *blockdev.Overlay, blocks []blockdev.Extent) *blockdev.Still {
 	b.Helper()
-	s, err := o.Freeze(blocks)
+	s, err := o.Freeze(blocks, nil)
 	if err != nil {
 		b.Fatal(err)
 	}

@@ -26,7 +26,21 @@ func SealOverlayHeader(b []byte) []byte {
 	return b
 }
 
+// WantingStill is a Still whose wishes come from a channel.
+type WantingStill struct {
+	*Still
+	Wanted chan Extent
+}
+
 // FreezeWith is Freeze with so many copies at most.
-func (o *Overlay) FreezeWith(blocks []Extent, buffers int) (*Still, error) {
-	return o.freeze(blocks, buffers)
+func (o *Overlay) FreezeWith(blocks []Extent, buffers int) (*WantingStill, error) {
+	s := &WantingStill{Wanted: make(chan Extent, 4*buffers)}
+	var err error
+	s.Still, err = o.freeze(blocks, func(e Extent) {
+		select {
+		case s.Wanted <- e:
+		default:
+		}
+	}, buffers)
+	return s, err
 }

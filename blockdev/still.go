@@ -13,11 +13,9 @@ import (
 // block first copies it, and its neighbours, unless they have been read. These copies take 16 MiB at most: who writes faster than
 // the Still is read has to wait. Its methods may be called from any number of goroutines.
 type Still struct {
-	of     *Overlay
-	in     *instant.Instant
-	wanted chan Extent
-	once   sync.Once
-	closed chan struct{}
+	of   *Overlay
+	in   *instant.Instant
+	once sync.Once
 }
 
 // stillUnit is what a Still is read in.
@@ -29,22 +27,35 @@ const stillBuffers = instant.DefaultBuffers
 // Freeze keeps what blocks hold now, for Still.ReadAt. Nobody may be changing the disk, a machine's that stands still, until it
 // returns. blocks are what Changes or TakeWrites say, or any multiples of 4096 bytes; ascending, and not overlapping. There
 // is one Still at a time: until it is closed, Freeze fails with ErrFrozen.
-func (o *Overlay) Freeze(blocks []Extent) (*Still, error) { return o.freeze(blocks, stillBuffers) }
+//
+// wanted, if not nil, is told of extents that had better be read soon, as a writer had to copy something of them, and others may have to
+// wait until it has been read. They may have been read meanwhile, and not all of them need be held. It is called from several
+// goroutines, and must not wait for anything.
+func (o *Overlay) Freeze(blocks []Extent, wanted func(Extent)) (*Still, error) {
+	return o.freeze(blocks, wanted, stillBuffers)
+}
 
-func (o *Overlay) freeze(blocks []Extent, buffers int) (*Still, error) {
+func (o *Overlay) freeze(blocks []Extent, wanted func(Extent), buffers int) (*Still, error) {
 	held, err := o.clip(blocks)
 	if err != nil {
 		return nil, err
 	}
-	s := &Still{of: o, wanted: make(chan Extent, 4*buffers), closed: make(chan struct{})}
-	s.in = instant.New(instant.Config{Size: o.head.size, Blocks: held, Buffers: buffers, Read: func(p []byte, off int64) error {
-		_, err := o.ReadAt(p, off)
-		return err
-	}})
+	s := &Still{of: o}
+	s.in = instant.New(instant.Config{
+		Size: o.head.size, Blocks: held, Buffers: buffers,
+		Read: func(p []byte, off int64) error {
+			_, err := o.ReadAt(p, off)
+			return err
+		},
+		Wanted: func(off, n int64) {
+			if wanted != nil {
+				wanted(Extent{off, min(n, o.head.size-off)})
+			}
+		},
+	})
 	if !o.still.CompareAndSwap(nil, s) {
 		return nil, fmt.Errorf("freeze overlay %s: %w", o.path, ErrFrozen)
 	}
-	go s.tell()
 	return s, nil
 }
 
@@ -68,21 +79,6 @@ func (o *Overlay) clip(blocks []Extent) ([]instant.Extent, error) {
 // whole says whether a range is of whole units: the last may be cut short by the end of the disk.
 func (o *Overlay) whole(off, n int64) bool {
 	return off%stillUnit == 0 && (n%stillUnit == 0 || off+n == o.head.size)
-}
-
-// tell passes on what the instant wants to be read.
-func (s *Still) tell() {
-	for {
-		select {
-		case e := <-s.in.Wanted():
-			select {
-			case s.wanted <- Extent{e.Off, min(e.Len, s.of.head.size-e.Off)}:
-			default: // it is a hint
-			}
-		case <-s.closed:
-			return
-		}
-	}
 }
 
 // ReadAt reads blocks of the Still: multiples of 4096 bytes, but that the last of the disk may be shorter; each once. Errors:
@@ -116,16 +112,11 @@ func (s *Still) wrap(off, n int64, err error) error {
 	return fmt.Errorf("blockdev: read %d bytes at %d of what overlay %s was: %w", n, off, s.of.path, err)
 }
 
-// Wanted delivers extents that had better be read soon, as a writer had to copy something of them, and others may have to wait
-// until it has been read. They may have been read meanwhile, and not all of them need be held. It is never closed.
-func (s *Still) Wanted() <-chan Extent { return s.wanted }
-
 // Close ends the Still, whether it has been read or not: nothing is copied any more, and writers that wait go on.
 func (s *Still) Close() {
 	s.once.Do(func() {
 		s.in.Close() // first: a ReadAt must know of it before a writer no longer finds the Still
 		s.of.still.Store(nil)
-		close(s.closed)
 	})
 }
 

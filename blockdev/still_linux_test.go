@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"os"
 	"runtime"
@@ -118,7 +119,7 @@ func scribbling(t *testing.T, o *blockdev.Overlay, rng *rand.Rand) (stop func())
 }
 
 // compare reads a part of a Still.
-func compare(s *blockdev.Still, e blockdev.Extent, want []byte) error {
+func compare(s io.ReaderAt, e blockdev.Extent, want []byte) error {
 	got := make([]byte, e.Len)
 	if n, err := s.ReadAt(got, e.Off); err != nil || n != len(got) {
 		return fmt.Errorf("read %+v: %d, %w", e, n, err)
@@ -155,7 +156,7 @@ func TestStillConformance(t *testing.T) {
 // watcher reads a Still of all of a disk: what is wanted at once, and the rest in the end.
 type watcher struct {
 	o     *blockdev.Overlay
-	still *blockdev.Still
+	still *blockdev.WantingStill
 	want  []byte // what was on the disk
 	read  map[int64]bool
 
@@ -175,7 +176,7 @@ func watch(t *testing.T, o *blockdev.Overlay) *watcher {
 	w.reading.Go(func() {
 		for {
 			select {
-			case e := <-w.still.Wanted():
+			case e := <-w.still.Wanted:
 				w.compare(t, e)
 			case <-w.stop:
 				return
@@ -215,7 +216,7 @@ func (w *watcher) finish(t *testing.T) {
 }
 
 // frozen is a disk in a file, and a Still of all of it with one copy at most.
-func frozen(t *testing.T, size int64) (*hooked, *blockdev.Overlay, *blockdev.Still) {
+func frozen(t *testing.T, size int64) (*hooked, *blockdev.Overlay, *blockdev.WantingStill) {
 	t.Helper()
 	m := &hooked{Medium: blockdevtest.NewMedium()}
 	o, err := blockdev.NewOverlayIn(m, nil, blockdev.OverlayOptions{Size: size})
@@ -251,7 +252,7 @@ func TestStillWaits(t *testing.T) {
 	_, o, s := frozen(t, 2*stripes)
 	want := bytes.Repeat([]byte{1}, 2*stripes)
 	<-writing(t, o, 5)
-	wanted := <-s.Wanted()
+	wanted := <-s.Wanted
 	if (wanted != blockdev.Extent{Off: 0, Len: unit}) {
 		t.Fatalf("wanted is %+v", wanted)
 	}
@@ -269,7 +270,7 @@ func TestStillWaits(t *testing.T) {
 		t.Fatal(err)
 	}
 	<-waits
-	if err := compare(s, <-s.Wanted(), want); err != nil {
+	if err := compare(s, <-s.Wanted, want); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -277,7 +278,7 @@ func TestStillWaits(t *testing.T) {
 // TestStillClose: who waits goes on, what is read is refused, and there can be another Still.
 func TestStillClose(t *testing.T) {
 	_, o, s := frozen(t, 2*unit)
-	if _, err := o.Freeze(nil); !errors.Is(err, blockdev.ErrFrozen) {
+	if _, err := o.Freeze(nil, nil); !errors.Is(err, blockdev.ErrFrozen) {
 		t.Errorf("frozen twice: %v", err)
 	}
 	<-writing(t, o, 0)
@@ -288,7 +289,7 @@ func TestStillClose(t *testing.T) {
 	if _, err := s.ReadAt(make([]byte, 4096), 0); !errors.Is(err, os.ErrClosed) {
 		t.Errorf("read after Close: %v", err)
 	}
-	again, err := o.Freeze([]blockdev.Extent{{Off: 0, Len: 2 * unit}})
+	again, err := o.Freeze([]blockdev.Extent{{Off: 0, Len: 2 * unit}}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -380,18 +381,18 @@ func TestStillRefuses(t *testing.T) {
 		{{Off: 4096, Len: 4096}, {Off: 0, Len: 4096}},
 		{{Off: 0, Len: 8192}, {Off: 4096, Len: 4096}},
 	} {
-		if _, err := o.Freeze(blocks); !errors.Is(err, blockdev.ErrBlocks) {
+		if _, err := o.Freeze(blocks, nil); !errors.Is(err, blockdev.ErrBlocks) {
 			t.Errorf("freeze %v: %v", blocks, err)
 		}
 	}
 	for _, e := range []blockdev.Extent{
 		{Off: -4096, Len: 4096}, {Off: 0, Len: -4096}, {Off: 1 << 20, Len: 8192}, {Off: 2 << 20, Len: 0},
 	} {
-		if _, err := o.Freeze([]blockdev.Extent{e}); !errors.As(err, &outside) {
+		if _, err := o.Freeze([]blockdev.Extent{e}, nil); !errors.As(err, &outside) {
 			t.Errorf("freeze %v: %v", e, err)
 		}
 	}
-	s, err := o.Freeze([]blockdev.Extent{{Off: 8192, Len: 4096}, {Off: 1 << 20, Len: 4096}})
+	s, err := o.Freeze([]blockdev.Extent{{Off: 8192, Len: 4096}, {Off: 1 << 20, Len: 4096}}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -27,10 +27,17 @@ type Machine struct {
 	origin *snapshot.Reader // what the VM was resumed from, nil if it was booted
 	image  *memory.Image
 	disks  []*machineDisk // in the order of their indices in snapshots
+	ledger ledger
 
-	pausing sync.Mutex // held by a Pause
+	pausing sync.Mutex // held by an attempt
+	closed  bool
+	// base is what the next snapshot is a diff of: the last checkpoint, or origin. baseEpoch is what was written since the
+	// checkpoint, nil for origin, of which the memory itself knows.
+	base      *snapshot.Reader
+	baseEpoch *epoch
+
 	mu      sync.Mutex
-	attempt *attempt // the Pause under way, or nil
+	attempt *attempt // the one under way, or nil
 }
 
 // Boot makes a machine that has not run yet. VM.Start sets it going. Its copy-on-write disks come before those of cfg.Hardware.
@@ -64,6 +71,7 @@ func (m *Machine) boot(ctx context.Context, cfg vmm.Config, disks Disks) error {
 	cfg.Hardware = m.hardware(cfg.Hardware, disks.OnError)
 	var err error
 	m.VM, err = vmm.New(cfg)
+	m.ledger.vm, m.ledger.disks = m.VM, m.disks
 	return err
 }
 
@@ -98,7 +106,7 @@ func Resume(ctx context.Context, store *snapshot.Store, id snapshot.ID, opts Res
 	if err != nil {
 		return nil, err
 	}
-	m := &Machine{origin: origin}
+	m := &Machine{origin: origin, base: origin}
 	if err := m.resume(ctx, opts); err != nil {
 		return nil, errors.Join(fmt.Errorf("resume snapshot %v: %w", id, err), m.Close())
 	}
@@ -135,6 +143,7 @@ func (m *Machine) resume(ctx context.Context, opts ResumeOptions) error {
 		return err
 	}
 	m.VM, err = vmm.Restore(state, mem, opts.Hardware)
+	m.ledger.vm, m.ledger.disks = m.VM, m.disks
 	return err
 }
 
@@ -194,13 +203,14 @@ func (m *Machine) Section(name string) (snapshot.Section, error) {
 	return m.origin.ReadSection(name)
 }
 
-// Close ends the machine and gives everything back. A Pause under way is given up. It may be called more than
+// Close ends the machine and gives everything back. A Pause, Checkpoint or Prepare under way is given up. It may be called more than
 // once. The file with what the machine has changed on a disk is removed if a snapshot
 // has all of that; otherwise it stays, flushed, for somebody to use or to remove.
 func (m *Machine) Close() error {
 	m.giveUp(vmm.ErrClosed)
 	m.pausing.Lock() // what a Pause reads must not go away under it
 	defer m.pausing.Unlock()
+	m.closed = true
 	var errs []error
 	if m.VM != nil {
 		errs = append(errs, m.VM.Close())
@@ -212,8 +222,10 @@ func (m *Machine) Close() error {
 	if m.image != nil {
 		errs = append(errs, m.image.Close())
 	}
-	if m.origin != nil {
-		errs = append(errs, m.origin.Close())
+	for _, r := range []*snapshot.Reader{m.base, m.origin} {
+		if r != nil {
+			errs = append(errs, r.Close())
+		}
 	}
 	return errors.Join(errs...)
 }

@@ -39,7 +39,6 @@ type Still struct {
 
 	moment  atomic.Pointer[instant.Instant] // set by Freeze, with m.mu held for writing
 	buffers int                             // of moment; 0 is the default
-	wanted  chan Range
 
 	mu  sync.RWMutex // held for reading while a page of the moment is read
 	err error        // why the Still is of no use any more
@@ -89,7 +88,7 @@ func (m *Memory) Protect(ctx context.Context, expected []Range) (*Still, error) 
 
 // newStill makes the Still of m that there can be.
 func (m *Memory) newStill() (*Still, error) {
-	s := &Still{m: m, armed: newBitmap(span(m.size) / PageSize), wanted: make(chan Range, 4*instant.DefaultBuffers)}
+	s := &Still{m: m, armed: newBitmap(span(m.size) / PageSize)}
 	var err error
 	if m.lazy != nil {
 		s.fd = m.lazy.fd
@@ -217,11 +216,16 @@ func (s *Still) usable() error {
 // devices quiesced. ranges is ascending, and all in it is private: what Dirty has
 // reported and nobody has discarded since, or a part of that.
 //
+// wanted, if not nil, is told of ranges that had better be read soon: a writer had to have them
+// copied, and others may have to wait until they are read. They may have been read
+// meanwhile, and not all of their pages need be in the Still. It is called from several goroutines, and
+// must not wait for anything.
+//
 // What Protect has protected and nobody has written since costs next to nothing
 // here; all else a system call for each run of pages. After an error but
 // [ErrFrozen], for a second Freeze, or [RangeError], the Still is of no use: close
 // it.
-func (s *Still) Freeze(ranges []Range) error {
+func (s *Still) Freeze(ranges []Range, wanted func(Range)) error {
 	m := s.m
 	if err := m.enter("freeze"); err != nil {
 		return err
@@ -232,7 +236,14 @@ func (s *Still) Freeze(ranges []Range) error {
 		return err
 	}
 	moment := instant.New(instant.Config{
-		Size: int64(span(m.size)), Blocks: blocks, Read: s.read, Buffers: s.buffers, Wanted: s.want,
+		Size: int64(span(m.size)), Blocks: blocks, Read: s.read, Buffers: s.buffers,
+		Wanted: func(off, n int64) {
+			s.copied.Add(1)
+			if wanted != nil {
+				lo, hi := clip(m.ranges, uint64(off), uint64(off), uint64(n))
+				wanted(Range{GPA: lo, Len: hi - lo})
+			}
+		},
 	})
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -319,21 +330,6 @@ func (s *Still) read(p []byte, off int64) error {
 	}
 	return s.err
 }
-
-// want passes on what the moment would like to be read.
-func (s *Still) want(off, n int64) {
-	s.copied.Add(1)
-	lo, hi := clip(s.m.ranges, uint64(off), uint64(off), uint64(n))
-	select {
-	case s.wanted <- Range{GPA: lo, Len: hi - lo}:
-	default: // it is a hint
-	}
-}
-
-// Wanted delivers ranges that had better be read soon: a writer had to have them
-// copied, and others may have to wait until they are read. They may have been read
-// meanwhile, and not all of their pages need be in the Still. It is never closed.
-func (s *Still) Wanted() <-chan Range { return s.wanted }
 
 // Stats returns the counts so far.
 func (s *Still) Stats() StillStats {
