@@ -17,6 +17,7 @@ func TestLinuxRealKVM(t *testing.T) {
 		t.Run("writers wait", TestStillIsReadToLetWritersGo)
 		t.Run("given up", TestStillGivenUp)
 		t.Run("discarded", TestProtectOfDiscarded)
+		t.Run("zeros", TestStillOfZeros)
 		t.Run("protect alone", TestProtectAlone)
 		t.Run("refused", TestRefusedWrite)
 	})
