@@ -93,10 +93,6 @@ func (s *Still) ReadAt(p []byte, off int64) (int, error) {
 		return 0, s.wrap(off, n, ErrBlocks)
 	}
 	_, err := s.in.ReadAt(p, off)
-	if err == nil {
-		// If it was closed meanwhile, or a copy has failed, then writers did not wait for this.
-		err = s.in.Err()
-	}
 	switch {
 	case err == nil:
 		return len(p), nil

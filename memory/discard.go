@@ -14,8 +14,8 @@ import (
 //
 // Only whole pages are discarded: one that the range covers in part stays as it
 // is. A page that could not be fetched stays inaccessible. The guest may run, and
-// what it writes there at the same time may be kept or lost. Views must not be in
-// use. The error is a *[RangeError], matches [ErrClosed], or is the system's.
+// what it writes there at the same time may be kept or lost. A [Still] keeps what it
+// needs first, which may have to wait for its reader. Views must not be in use. The error is a *[RangeError], matches [ErrClosed], or is the system's.
 func (m *Memory) Discard(gpa, n uint64) error {
 	if !inRAM(m.ranges, gpa, n) {
 		return &RangeError{Op: "discard", GPA: int64(gpa), Len: int(min(n, math.MaxInt))}

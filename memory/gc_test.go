@@ -49,7 +49,7 @@ func TestCollectionsDontHang(t *testing.T) {
 
 // gcMain is the child: its exit code.
 func gcMain() int {
-	for _, f := range []func() error{faultAndCollect, discardAndCollect} {
+	for _, f := range []func() error{faultAndCollect, discardAndCollect, freezeAndCollect} {
 		if err := f(); err != nil {
 			fmt.Println(err)
 			return 1
@@ -148,6 +148,63 @@ func discardAndCollect() error {
 	return nil
 }
 
+// freezeAndCollect is the same while pages are write-protected again and again, and
+// let go before they are frozen and afterwards.
+func freezeAndCollect() error {
+	rng := rand.New(rand.NewPCG(10, 10))
+	data := memory.Range{Len: 3 * mib}
+	o := newOracleOf(rng, 8, 4, 4*mib, data)
+	m, err := mapLazily(o)
+	if err != nil {
+		return err
+	}
+	defer m.Close()
+
+	collect := repeat(func() error { runtime.GC(); return nil })
+	write := repeat(func() error { return faultFromEverywhere(rng, m, o, data) })
+	held, stills := uint64(0), 0
+	for ; err == nil && held < 200; stills++ {
+		held, err = freezeOnce(m, held)
+		if errors.Is(err, memory.ErrNoWriteProtect) {
+			fmt.Println(err)
+			err = nil
+			break
+		}
+	}
+	_, werr := write()
+	collections, _ := collect()
+	fmt.Printf("%d stills, %d writes held, %d collections\n", stills, held, collections)
+	return errors.Join(err, werr)
+}
+
+// freezeOnce makes a Still, under writers, and reads what it wants.
+func freezeOnce(m *memory.Memory, held uint64) (uint64, error) {
+	ctx := context.Background()
+	dirty, err := m.Dirty(ctx)
+	if err != nil {
+		return held, err
+	}
+	s, err := m.Protect(ctx, dirty)
+	if err != nil {
+		return held, err
+	}
+	defer s.Close()
+	s.SetBuffers(1)
+	if err := s.Freeze(dirty, nil); err != nil {
+		return held, err
+	}
+	got := make([]byte, page)
+	for _, r := range dirty {
+		for gpa := r.GPA; gpa < r.End(); gpa += page {
+			if _, err := s.ReadAt(got, int64(gpa)); err != nil {
+				return held, err
+			}
+			runtime.Gosched() // or there is nobody to be held
+		}
+	}
+	return held + s.Stats().Held, s.Close()
+}
+
 // discardAll checks that what was discarded is the image again.
 func discardAll(m *memory.Memory, o *oracle, data memory.Range) error {
 	if err := m.Discard(data.GPA, data.Len); err != nil {
@@ -198,7 +255,9 @@ func goOver(tc *toucher, o *oracle, pages []uint64, bySystemCall bool) error {
 		got := make([]byte, 512) // garbage, for the collector
 		var err error
 		if bySystemCall {
-			got, err = tc.load(gpa, len(got))
+			if got, err = tc.load(gpa, len(got)); err == nil {
+				err = tc.store([]byte("kernel"), gpa+page-12)
+			}
 		} else if _, err = tc.m.ReadAt(got, int64(gpa)); err == nil {
 			_, err = tc.m.WriteAt([]byte("device"), int64(gpa+page-6))
 		}

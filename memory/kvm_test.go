@@ -322,3 +322,85 @@ func (g *guest) untilFailure() string {
 		}
 	}
 }
+
+// What vCPUs write while the Still of their memory is read is not in it, and is in
+// memory.
+func TestKVMRunDuringStill(t *testing.T) {
+	for kind, machine := range stillKinds {
+		t.Run(kind, func(t *testing.T) {
+			levels(t, func(t *testing.T, level uint8) {
+				rng := newRand(t)
+				size, data := sparse()
+				o := newOracleOf(rng, 6, 4, size, data...)
+				m := machine(t, o)
+				g := newGuest(t, m, level)
+				scribble(t, rng, mustToucher(t, m), pagesOf(rng, data))
+				list := visits(rng, pagesOf(rng, data))
+				g.list(list)
+				s := protect(t, m, mustDirty(t, m))
+				scribble(t, rng, mustToucher(t, m), pagesOf(rng, data)[:100])
+				frozen := mustDirty(t, m)
+				want := contents(t, m, frozen)
+				s.SetBuffers(1)
+				g.must(s.Freeze(frozen))
+				done := make(chan struct{})
+				go func() {
+					defer close(done)
+					compareStill(t, rng, s, frozen, want)
+				}()
+				g.finish()
+				<-done
+				if s.Stats().Held == 0 {
+					t.Error("the vCPU never had to wait")
+				}
+				word := []byte("12345678")
+				for _, v := range list {
+					if v.store == 0 {
+						continue
+					}
+					if _, err := m.ReadAt(word, int64(v.gpa)); err != nil || binary.LittleEndian.Uint64(word) != v.store {
+						t.Fatalf("memory holds %x at %#x, want %#x (%v)", word, v.gpa, v.store, err)
+					}
+				}
+			})
+		})
+	}
+}
+
+// Close gets a vCPU out that waits to write, with an error.
+func TestKVMRunStillClosed(t *testing.T) {
+	levels(t, func(t *testing.T, level uint8) {
+		frozenAt(t, func(t *testing.T, m *memory.Memory, s *still) {
+			g := newGuest(t, m, level)
+			g.list([]visitOf{{8, 1}, {unit, 1}, {2 * unit, 1}})
+			closed := make(chan error)
+			go func() {
+				await(func() bool { return s.Stats().Waiting == 1 && s.Stats().Copies == 1 })
+				closed <- m.Close()
+			}()
+			g.untilOut()
+			g.must(<-closed)
+		})
+	})
+}
+
+// untilOut runs until memory is out of the vCPU's reach: EFAULT, memory-mapped I/O
+// where KVM makes the access for the guest, or the end of a guest whose page tables
+// are gone.
+func (g *guest) untilOut() {
+	g.t.Helper()
+	for {
+		e, err := g.vcpu.Run()
+		switch {
+		case errors.Is(err, unix.EFAULT):
+			return
+		case err != nil:
+			g.t.Fatal(err)
+		case e.Reason == kvm.ExitIntr:
+		case e.Reason == kvm.ExitMMIO && isDone(g.t, e):
+			g.t.Fatal("the guest has written what was held")
+		default:
+			return
+		}
+	}
+}

@@ -20,6 +20,10 @@
 // Go code, waits for the collection. So all Go code uses [Memory.ReadAt] and
 // [Memory.WriteAt], which fetch first and then copy. Only system calls (KVM_RUN
 // above all) may meet a missing page.
+//
+// [Memory.Protect] makes a [Still]: what pages held at one moment, read while the
+// machine runs on. Its pages are write-protected, and a write to one of them waits
+// like an access to a missing page, so the same holds for Go code that writes.
 package memory
 
 import "slices"

@@ -28,8 +28,8 @@ type Memory struct {
 	stats  stats
 
 	// mu is held for reading while Go code copies to or from the mapping or notes
-	// that a page is resident, never while a page is fetched; and for writing by
-	// what takes pages away.
+	// that a page is resident, never while a page is fetched or kept; and for writing
+	// by what takes pages away or protects them.
 	mu       sync.RWMutex
 	closed   bool
 	poisoned map[uint64]struct{} // pages that can't be had; not accessible
@@ -110,7 +110,8 @@ func (m *Memory) ReadAt(p []byte, gpa int64) (int, error) {
 }
 
 // WriteAt copies p to RAM at guest physical address gpa. The pages become part
-// of the dirty set. All that is said of ReadAt holds here too.
+// of the dirty set. All that is said of ReadAt holds here too. It may have to wait
+// for the reader of a [Still], as the guest's writes may.
 func (m *Memory) WriteAt(p []byte, gpa int64) (int, error) {
 	return m.access("write", true, p, gpa, func(ram []byte) {
 		store(ram, p)

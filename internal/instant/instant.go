@@ -9,7 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"math/bits"
-	"slices"
+	"sort"
 	"sync"
 )
 
@@ -52,7 +52,7 @@ type Config struct {
 // Instant is the contents of a store at the time of New. Its methods may be called from any number of goroutines.
 type Instant struct {
 	cfg    Config
-	units  []*unit       // ascending
+	units  []unit        // ascending
 	free   chan []byte   // buffers of UnitSize; nil ones have not been allocated
 	closed chan struct{} // nobody reads it any more
 
@@ -86,14 +86,14 @@ func New(cfg Config) *Instant {
 }
 
 // cut makes units of extents.
-func cut(blocks []Extent) []*unit {
-	var units []*unit
+func cut(blocks []Extent) []unit {
+	var units []unit
 	for _, e := range blocks {
 		for off, end := e.Off, e.Off+e.Len; off < end; {
 			index := off / UnitSize
 			next := min(end, (index+1)*UnitSize)
 			if n := len(units); n == 0 || units[n-1].index != index {
-				units = append(units, &unit{index: index})
+				units = append(units, unit{index: index})
 			}
 			units[len(units)-1].pending |= maskOf(off, next)
 			off = next
@@ -114,14 +114,13 @@ func maskOf(off, end int64) uint64 {
 // instant that is lost: ReadAt says so.
 func (s *Instant) Keep(off, n int64) {
 	for i := s.search(off); i < len(s.units) && s.units[i].index*UnitSize < off+n; i++ {
-		s.keep(s.units[i])
+		s.keep(&s.units[i])
 	}
 }
 
 // search finds the first unit that ends after off.
 func (s *Instant) search(off int64) int {
-	i, _ := slices.BinarySearchFunc(s.units, off/UnitSize, func(u *unit, index int64) int { return cmp.Compare(u.index, index) })
-	return i
+	return sort.Search(len(s.units), func(i int) bool { return s.units[i].index >= off/UnitSize })
 }
 
 func (s *Instant) keep(u *unit) {
@@ -190,16 +189,17 @@ func (s *Instant) ReadAt(p []byte, off int64) (int, error) {
 	for n := 0; n < len(p); i++ {
 		at := off + int64(n)
 		end := min(off+int64(len(p)), (at/UnitSize+1)*UnitSize)
-		if err := s.Err(); err != nil {
-			return n, err
-		}
 		if i == len(s.units) || s.units[i].index != at/UnitSize {
 			return n, fmt.Errorf("%w: at %d", ErrNotHeld, at)
 		}
-		if err := s.read(s.units[i], p[n:n+int(end-at)], at); err != nil {
+		if err := s.read(&s.units[i], p[n:n+int(end-at)], at); err != nil {
 			return n, err
 		}
 		n += int(end - at)
+	}
+	// If it was given up meanwhile, writers have not waited for this.
+	if err := s.Err(); err != nil {
+		return 0, err
 	}
 	return len(p), nil
 }

@@ -33,6 +33,8 @@ func abi() map[string]uint64 {
 		"sizeof(struct uffdio_zeropage)":                   uint64(unsafe.Sizeof(zeroPage{})),
 		"offsetof(struct uffdio_zeropage, mode)":           uint64(unsafe.Offsetof(zeroPage{}.mode)),
 		"offsetof(struct uffdio_zeropage, zeropage)":       uint64(unsafe.Offsetof(zeroPage{}.done)),
+		"sizeof(struct uffdio_writeprotect)":               uint64(unsafe.Sizeof(writeProtect{})),
+		"offsetof(struct uffdio_writeprotect, mode)":       uint64(unsafe.Offsetof(writeProtect{}.mode)),
 		"sizeof(struct uffd_msg)":                          uint64(unsafe.Sizeof(Event{})),
 		"offsetof(struct uffd_msg, arg.pagefault.flags)":   uint64(unsafe.Offsetof(Event{}.flags)),
 		"offsetof(struct uffd_msg, arg.pagefault.address)": uint64(unsafe.Offsetof(Event{}.addr)),
@@ -42,11 +44,18 @@ func abi() map[string]uint64 {
 		"UFFDIO_REGISTER":              reqRegister,
 		"UFFDIO_WAKE":                  reqWake,
 		"UFFDIO_ZEROPAGE":              reqZeroPage,
+		"UFFDIO_WRITEPROTECT":          reqWriteProtect,
 		"UFFD_API":                     apiVersion,
 		"UFFD_FEATURE_MISSING_SHMEM":   missingShmem,
 		"UFFD_EVENT_PAGEFAULT":         eventPageFault,
 		"UFFD_PAGEFAULT_FLAG_WRITE":    faultWrite,
 		"UFFDIO_REGISTER_MODE_MISSING": ModeMissing,
+
+		"UFFD_FEATURE_PAGEFAULT_FLAG_WP":  pageFaultFlagWP,
+		"UFFD_FEATURE_WP_HUGETLBFS_SHMEM": wpHugetlbfsShmem,
+		"UFFD_PAGEFAULT_FLAG_WP":          faultWP,
+		"UFFDIO_REGISTER_MODE_WP":         ModeWriteProtect,
+		"UFFDIO_WRITEPROTECT_MODE_WP":     writeProtectOn,
 	}
 }
 
@@ -64,6 +73,8 @@ var kernelABI = map[string]uint64{
 	"sizeof(struct uffdio_zeropage)":                   32,
 	"offsetof(struct uffdio_zeropage, mode)":           16,
 	"offsetof(struct uffdio_zeropage, zeropage)":       24,
+	"sizeof(struct uffdio_writeprotect)":               24,
+	"offsetof(struct uffdio_writeprotect, mode)":       16,
 	"sizeof(struct uffd_msg)":                          32,
 	"offsetof(struct uffd_msg, arg.pagefault.flags)":   8,
 	"offsetof(struct uffd_msg, arg.pagefault.address)": 16,
@@ -73,11 +84,18 @@ var kernelABI = map[string]uint64{
 	"UFFDIO_REGISTER":              0xc020aa00,
 	"UFFDIO_WAKE":                  0x8010aa02,
 	"UFFDIO_ZEROPAGE":              0xc020aa04,
+	"UFFDIO_WRITEPROTECT":          0xc018aa06,
 	"UFFD_API":                     0xaa,
 	"UFFD_FEATURE_MISSING_SHMEM":   32,
 	"UFFD_EVENT_PAGEFAULT":         0x12,
 	"UFFD_PAGEFAULT_FLAG_WRITE":    1,
 	"UFFDIO_REGISTER_MODE_MISSING": 1,
+
+	"UFFD_FEATURE_PAGEFAULT_FLAG_WP":  1,
+	"UFFD_FEATURE_WP_HUGETLBFS_SHMEM": 4096,
+	"UFFD_PAGEFAULT_FLAG_WP":          2,
+	"UFFDIO_REGISTER_MODE_WP":         2,
+	"UFFDIO_WRITEPROTECT_MODE_WP":     1,
 }
 
 func TestABI(t *testing.T) {
@@ -237,6 +255,69 @@ func TestFaultsAreServed(t *testing.T) {
 	if b := <-load(addr + PageSize); b != 41 {
 		t.Fatalf("ZeroPage changed a page that was there: %d", b)
 	}
+}
+
+// A write to a protected page is reported, waits, and goes on when the protection is
+// off. A range that is upgraded still reports missing pages.
+func TestWriteProtect(t *testing.T) {
+	fd := open(t)
+	if err := fd.CanWriteProtect(); err != nil {
+		t.Skip(err)
+	}
+	addr, _ := mapping(t, fd, 2)
+	if err := fd.Register(addr, 2*PageSize, ModeMissing|ModeWriteProtect); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := fd.ZeroPage(addr, PageSize); n != 1 || err != nil {
+		t.Fatalf("ZeroPage: %d, %v", n, err)
+	}
+	if err := fd.WriteProtect(addr, PageSize, true); err != nil {
+		t.Fatal(err)
+	}
+	for i, want := range []bool{true, false} {
+		at := addr + uintptr(i)*PageSize
+		stored := store(t, at)
+		var events [1]Event
+		if _, err := fd.Read(events[:]); err != nil {
+			t.Fatal(err)
+		}
+		if got, write, ok := events[0].Fault(); got != at || !write || !ok || events[0].Protected() != want {
+			t.Fatalf("event %+v at page %d, protected: want %v", events[0], i, want)
+		}
+		var err error
+		if want {
+			err = fd.WriteProtect(addr, PageSize, false)
+		} else {
+			_, err = fd.ZeroPage(at, PageSize)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := <-stored; err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := fd.WriteProtect(addr+2*PageSize, PageSize, true); !errors.Is(err, unix.ENOENT) {
+		t.Errorf("beyond the mapping: %v, want ENOENT", err)
+	}
+}
+
+// store has the kernel write a byte to addr.
+func store(t *testing.T, addr uintptr) <-chan error {
+	done := make(chan error, 1)
+	f, err := os.Open("/dev/zero")
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		defer f.Close()
+		if _, _, errno := unix.Syscall(unix.SYS_READ, f.Fd(), addr, 1); errno != 0 {
+			done <- errno
+			return
+		}
+		done <- nil
+	}()
+	return done
 }
 
 func TestCloseEndsRead(t *testing.T) {
