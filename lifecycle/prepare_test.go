@@ -13,6 +13,7 @@ import (
 
 	"github.com/cryovisor/cryovisor/internal/testvm"
 	"github.com/cryovisor/cryovisor/lifecycle"
+	"github.com/cryovisor/cryovisor/memory"
 	"github.com/cryovisor/cryovisor/snapshot"
 	"github.com/cryovisor/cryovisor/vmm"
 )
@@ -259,4 +260,59 @@ func TestPrepareDisks(t *testing.T) {
 		checkDisks(t, m, models)
 	}
 	closeMachine(t, m)
+}
+
+// TestDiscardAfterStoring: memory that the guest gives up after it was stored is not in the next checkpoint, nor in a prepared pause.
+// (The guest stands still: any of its pages will do.)
+func TestDiscardAfterStoring(t *testing.T) {
+	checkLeaks(t)
+	g := newGuest(t, testvm.WorkerConfig{Memory: 16 << 20})
+	m := g.boot(t, testvm.NoLimit)
+	g.work(t, m, 5)
+	if err := m.VM.Pause(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	first, _ := g.checkpoint(t, m)
+	gpa, n := g.storedRun(t, first.ID), uint64(3*memory.PageSize)
+	discard := func() {
+		if err := m.VM.Memory().Discard(gpa, n); err != nil {
+			t.Fatal(err)
+		}
+	}
+	discard()
+	second, _ := g.checkpoint(t, m)
+	if _, err := m.VM.Memory().WriteAt([]byte{1}, int64(gpa)); err != nil {
+		t.Fatal(err)
+	}
+	p := g.prepare(t, m)
+	discard()
+	paused, err := p.Pause(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, id := range []snapshot.ID{second.ID, paused.ID} {
+		r := g.open(t, id)
+		for at := gpa; at <= gpa+n; at += memory.PageSize {
+			if _, _, chunk := r.Lookup(at); chunk >= 0 && at < gpa+n {
+				t.Errorf("snapshot %v has what was discarded at %#x", id, at)
+			} else if chunk < 0 && at == gpa+n {
+				t.Errorf("snapshot %v lacks what was not discarded", id)
+			}
+		}
+	}
+}
+
+// storedRun is where a snapshot has four pages side by side.
+func (g *guest) storedRun(t *testing.T, id snapshot.ID) uint64 {
+	t.Helper()
+	r := g.open(t, id)
+	for gpa := uint64(0); gpa < g.worker.Config().Memory; {
+		start, length, chunk := r.Lookup(gpa)
+		if chunk >= 0 && length >= 4*memory.PageSize {
+			return start
+		}
+		gpa = start + length
+	}
+	t.Fatal("there is no such memory")
+	return 0
 }
