@@ -40,6 +40,7 @@ func benchCheckpoint(b *testing.B, ram uint64, workers int, full bool) {
 				r.checkpoint(m, workers)
 			}
 		}
+		r.work(2000) // over all of its working set, so that it is mapped
 		usual := r.speed(func() { r.work(2000) })
 		b.StartTimer()
 		var p lifecycle.Paused
