@@ -163,7 +163,7 @@ func freezeAndCollect() error {
 	collect := repeat(func() error { runtime.GC(); return nil })
 	write := repeat(func() error { return faultFromEverywhere(rng, m, o, data) })
 	held, stills := uint64(0), 0
-	for ; err == nil && held < 200; stills++ {
+	for ; err == nil && held < 40; stills++ {
 		held, err = freezeOnce(m, held)
 		if errors.Is(err, memory.ErrNoWriteProtect) {
 			fmt.Println(err)
