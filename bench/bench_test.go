@@ -59,7 +59,9 @@ type rig struct {
 	content testvm.Content
 	store   *snapshot.Store
 	key     *age.X25519Identity
-	device  *testvm.Device // of the machine that was booted
+	device  *testvm.Device // of the machine that was made last
+	// states are what the devices knew when the snapshots were made: the guest may have been in the midst of a report.
+	states  map[snapshot.ID][]testvm.VCPUState
 	reports atomic.Int64
 }
 
@@ -79,7 +81,7 @@ func newRig(b *testing.B, ram, workingSet uint64) *rig {
 		b.Fatal(err)
 	}
 	b.Cleanup(func() { _ = os.RemoveAll(dir) })
-	r := &rig{b: b}
+	r := &rig{b: b, states: make(map[snapshot.ID][]testvm.VCPUState)}
 	r.worker, err = testvm.NewWorker(testvm.WorkerConfig{
 		Memory: ram, Seed: seed, Every: every, WorkingSet: workingSet, AVX2: cpu.X86.HasAVX2,
 	})
@@ -135,6 +137,7 @@ func (r *rig) pause(m *lifecycle.Machine) lifecycle.Paused {
 	r.b.Helper()
 	p, err := m.Pause(context.Background(), r.store, r.options())
 	r.must(err)
+	r.states[p.ID] = r.device.State()
 	return p
 }
 
@@ -164,8 +167,8 @@ func (f *firstSign) Out(port uint16, data []byte) {
 // entered, and until it gave its first sign.
 func (r *rig) resume(id snapshot.ID, eager bool) (m *lifecycle.Machine, entered, sign time.Duration) {
 	r.b.Helper()
-	d := testvm.NewDevice(r.worker, nil, testvm.NoLimit, func(testvm.Report) { r.reports.Add(1) })
-	ports := d.Ports()
+	r.device = testvm.NewDevice(r.worker, r.states[id], testvm.NoLimit, func(testvm.Report) { r.reports.Add(1) })
+	ports := r.device.Ports()
 	f := &firstSign{PortDevice: ports.Device, seen: make(chan struct{})}
 	ports.Device = f
 	began := time.Now()

@@ -100,15 +100,7 @@ func benchDiff(b *testing.B, ram, dirty uint64) {
 	for b.Loop() {
 		b.StopTimer()
 		m, _, _ = r.resume(first.ID, false)
-		for touched := uint64(0); touched < dirty*9/10; {
-			r.work(100)
-			ranges, err := m.VM.Memory().Dirty(context.Background())
-			r.must(err)
-			touched = 0
-			for _, g := range ranges {
-				touched += g.Len
-			}
-		}
+		r.touch(m, dirty*9/10)
 		b.StartTimer()
 		p := r.pause(m)
 		b.StopTimer()
@@ -122,6 +114,24 @@ func benchDiff(b *testing.B, ram, dirty uint64) {
 	b.ReportMetric(ms(freeze)/n, "freeze-ms")
 	b.ReportMetric(float64(looked)/(1<<20)/n, "dirty-MiB")
 	b.ReportMetric(0, "ns/op")
+}
+
+// touch lets the guest work until it has written that many bytes, or no more than before: it chooses its pages at random.
+func (r *rig) touch(m *lifecycle.Machine, bytes uint64) {
+	r.b.Helper()
+	for last := uint64(0); ; {
+		r.work(200)
+		ranges, err := m.VM.Memory().Dirty(context.Background())
+		r.must(err)
+		touched := uint64(0)
+		for _, g := range ranges {
+			touched += g.Len
+		}
+		if touched >= bytes || touched == last {
+			return
+		}
+		last = touched
+	}
 }
 
 // benchPrepared measures the rest of the pause of an idle guest that Prepare was told of.
