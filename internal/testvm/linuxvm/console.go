@@ -22,7 +22,13 @@ type Console struct {
 	other   []string      // of the kernel
 	next    int           // the first of lines that Next has not returned
 	changed chan struct{} // closed and replaced when a line has come
+
+	moment   int    // how many lines had come at the last momentMark
+	atMoment []byte // and what of another
 }
+
+// momentMark in the output says that the guest stands still there, for a checkpoint. It is not the guest's.
+const momentMark = "\x1e"
 
 // NewConsole returns a Console that tells tee every line, its own and the kernel's.
 func NewConsole(tee func(line string)) *Console {
@@ -33,11 +39,23 @@ func NewConsole(tee func(line string)) *Console {
 func (c *Console) Write(p []byte) (int, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	for rest, marked := p, true; marked; {
+		var part []byte
+		part, rest, marked = bytes.Cut(rest, []byte(momentMark))
+		c.take(part)
+		if marked {
+			c.moment, c.atMoment = len(c.lines), bytes.Clone(c.partial)
+		}
+	}
+	return len(p), nil
+}
+
+func (c *Console) take(p []byte) {
 	c.partial = append(c.partial, p...)
 	for {
 		line, rest, ok := bytes.Cut(c.partial, []byte("\n"))
 		if !ok {
-			return len(p), nil
+			return
 		}
 		c.line(strings.TrimSuffix(string(line), "\r"))
 		c.partial = rest
@@ -115,6 +133,16 @@ func (c *Console) Take() []string {
 	lines := append([]string(nil), c.lines[c.next:]...)
 	c.next = len(c.lines)
 	return lines
+}
+
+// TakeMoment returns those of the lines that Take would return which came before the last checkpoint, and what had come of
+// another.
+func (c *Console) TakeMoment() (lines []string, partial []byte) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	lines = append([]string(nil), c.lines[c.next:c.moment]...)
+	c.next = c.moment
+	return lines, c.atMoment
 }
 
 // Partial is what has come of a line that has not come to its end.

@@ -57,12 +57,15 @@ type job struct {
 
 // pauseOrder tells a process to pause its machine, in a line of JSON.
 type pauseOrder struct {
+	Prepare    bool // the pause first
+	Checkpoint bool // not a pause: the machine runs on, and more orders may come
+
 	Watch  bool    // report progress
 	HoldAt float64 // the part of the memory that is written before the pause stops for ever; below 0: it does not
 }
 
 // report is what a process says of its machine, a line of JSON each time: that it runs, how far a pause has come, that it
-// was paused, or that it has ended.
+// was paused or a checkpoint made, or that it has ended.
 type report struct {
 	Running bool
 	Done    float64 // the part of the memory that is written
@@ -98,24 +101,52 @@ func runJob(text string) error {
 	if err := reports.Encode(report{Running: true}); err != nil {
 		return err
 	}
-	var order pauseOrder
-	told := make(chan error, 1)
-	go func() { told <- json.NewDecoder(os.NewFile(fdOrders, "orders")).Decode(&order) }()
-	select {
-	case <-m.VM.Ended():
-		return errors.Join(reports.Encode(report{Ended: m.VM.Wait(context.Background()).Error()}), m.Close())
-	case err := <-told:
-		if err != nil {
-			return errors.Join(err, m.Close())
+	return errors.Join(serveOrders(m, store, identity.Recipient(), reports), m.Close())
+}
+
+// serveOrders does what it is told with a machine, until that is paused or has ended.
+func serveOrders(m *lifecycle.Machine, store *snapshot.Store, to age.Recipient, reports *json.Encoder) error {
+	orders, told := json.NewDecoder(os.NewFile(fdOrders, "orders")), make(chan error, 1)
+	for {
+		var order pauseOrder
+		go func() { told <- orders.Decode(&order) }()
+		select {
+		case <-m.VM.Ended():
+			return reports.Encode(report{Ended: m.VM.Wait(context.Background()).Error()})
+		case err := <-told:
+			if err != nil {
+				return err
+			}
+		}
+		paused, err := order.do(m, store, lifecycle.PauseOptions{
+			Recipients: []age.Recipient{to}, Progress: order.progress(reports),
+		})
+		if err == nil {
+			err = reports.Encode(report{Paused: &paused})
+		}
+		if err != nil || !order.Checkpoint {
+			return err
 		}
 	}
-	paused, err := m.Pause(context.Background(), store, lifecycle.PauseOptions{
-		Recipients: []age.Recipient{identity.Recipient()}, Progress: order.progress(reports),
-	})
-	if err != nil {
-		return errors.Join(err, m.Close())
+}
+
+func (o pauseOrder) do(m *lifecycle.Machine, store *snapshot.Store, opts lifecycle.PauseOptions) (lifecycle.Paused, error) {
+	ctx := context.Background()
+	switch {
+	case o.Checkpoint:
+		opts.Extra = func() ([]snapshot.Section, error) {
+			_, err := io.WriteString(os.Stdout, momentMark) // all that the guest has written came before it
+			return nil, err
+		}
+		return m.Checkpoint(ctx, store, opts)
+	case o.Prepare:
+		p, err := m.Prepare(ctx, store, opts)
+		if err != nil {
+			return lifecycle.Paused{}, err
+		}
+		return p.Pause(ctx)
 	}
-	return errors.Join(reports.Encode(report{Paused: &paused}), m.Close())
+	return m.Pause(ctx, store, opts)
 }
 
 // progress is the Progress of a pause: it reports it, or holds it.

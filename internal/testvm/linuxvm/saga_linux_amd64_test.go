@@ -158,7 +158,12 @@ func (s *saga) orderPause(order pauseOrder) {
 // pause pauses the guest and waits until its process has ended.
 func (s *saga) pause() lifecycle.Paused {
 	s.t.Helper()
-	s.orderPause(pauseOrder{HoldAt: -1})
+	return s.pauseBy(pauseOrder{HoldAt: -1})
+}
+
+func (s *saga) pauseBy(order pauseOrder) lifecycle.Paused {
+	s.t.Helper()
+	s.orderPause(order)
 	r, err := s.report()
 	if err != nil || r.Paused == nil {
 		s.fatalf("the machine was not paused: %+v, %v", r, err)
@@ -169,6 +174,23 @@ func (s *saga) pause() lifecycle.Paused {
 		s.fatalf("%v", err)
 	}
 	s.paused(r.Paused.ID)
+	return *r.Paused
+}
+
+// checkpoint makes a checkpoint the one to go on from, while the guest runs on.
+func (s *saga) checkpoint() lifecycle.Paused {
+	s.t.Helper()
+	s.orderPause(pauseOrder{Checkpoint: true, HoldAt: -1})
+	r, err := s.report()
+	if err != nil || r.Paused == nil {
+		s.fatalf("there was no checkpoint: %+v, %v", r, err)
+	}
+	lines, partial := s.console.TakeMoment()
+	for _, line := range lines {
+		s.check(line)
+	}
+	s.job.ID = r.Paused.ID
+	s.saved = savedSaga{cloneLogs(s.logs), partial}
 	return *r.Paused
 }
 
