@@ -80,15 +80,6 @@ func (img *Image) Map(ctx context.Context, opts MapOptions) (*Memory, error) {
 }
 
 func (img *Image) build(ctx context.Context, opts MapOptions) (*Memory, error) {
-	if opts.Eager {
-		progress := opts.Progress
-		if progress == nil {
-			progress = func(uint64) {}
-		}
-		if err := img.populate(ctx, progress); err != nil {
-			return nil, err
-		}
-	}
 	m, err := newMemory(img.size)
 	if err != nil {
 		return nil, err
@@ -96,6 +87,13 @@ func (img *Image) build(ctx context.Context, opts MapOptions) (*Memory, error) {
 	m.img = img
 	if !opts.Eager {
 		m.lazy, err = newLazy(span(img.size))
+	}
+	if opts.Eager {
+		progress := opts.Progress
+		if progress == nil {
+			progress = func(uint64) {}
+		}
+		err = img.populate(ctx, progress)
 	}
 	for i := 0; err == nil && i < len(m.ranges); i++ {
 		err = m.attach(m.ranges[i])
@@ -198,21 +196,20 @@ func (m *Memory) Resident(ctx context.Context, gpa uint64, n int) error {
 // serve makes the page at gpa resident, and neighbours with it: the run is what
 // a waiting thread may now go on with.
 func (m *Memory) serve(ctx context.Context, gpa uint64) (Range, error) {
-	start, length, chunk := m.img.src.Lookup(gpa)
-	lo, hi := clip(m.ranges, gpa, start, length)
-	if lo%PageSize != 0 || hi%PageSize != 0 || gpa < lo || gpa >= hi {
-		return Range{}, fmt.Errorf("%w: GPA %#x is in [%#x, %#x)", ErrSource, gpa, lo, hi)
+	run, chunk, err := m.img.lookup(gpa)
+	if err != nil {
+		return Range{}, err
 	}
 	if chunk < 0 {
-		window := gpa &^ (zeroWindow - 1)
-		run := Range{GPA: max(lo, window), Len: min(hi, window+zeroWindow) - max(lo, window)}
+		lo := max(run.GPA, gpa&^(zeroWindow-1))
+		run = Range{GPA: lo, Len: min(run.End(), gpa&^(zeroWindow-1)+zeroWindow) - lo}
 		return run, m.zero(run)
 	}
-	err := m.img.Fetch(ctx, chunk)
-	if err == nil && !m.img.present.get(gpa/PageSize) {
+	err = m.img.Fetch(ctx, chunk)
+	if err == nil && m.img.lacks(chunk, gpa/PageSize) {
 		err = &FetchError{chunk, fmt.Errorf("%w: it did not install GPA %#x", ErrSource, gpa)}
 	}
-	return Range{GPA: lo, Len: hi - lo}, err
+	return run, err
 }
 
 // zero maps pages of zeros. They never enter the image: written through a hole

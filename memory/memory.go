@@ -32,9 +32,9 @@ type Memory struct {
 	// by what takes pages away or protects them.
 	mu       sync.RWMutex
 	closed   bool
-	poisoned map[uint64]struct{} // pages that can't be had; not accessible
-	written  bitmap              // pages changed since TakeWrites; nil unless TrackWrites is on
-	still    *Still              // the one that there is
+	poisoned bitmap // pages that can't be had; not accessible. nil if there are none
+	written  bitmap // pages changed since TakeWrites; nil unless TrackWrites is on
+	still    *Still // the one that there is
 
 	busy sync.WaitGroup // calls under way; grows under mu, and not once closed
 

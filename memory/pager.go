@@ -6,6 +6,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/cryovisor/cryovisor/internal/pagemap"
 	"github.com/cryovisor/cryovisor/internal/uffd"
 )
 
@@ -37,7 +38,7 @@ func (m *Memory) handle(fd *uffd.FD, group *sync.WaitGroup) {
 			return
 		}
 		if err != nil {
-			m.fail(fmt.Errorf("memory: pager: %w", err))
+			m.lose(fd, fmt.Errorf("memory: pager: %w", err))
 			return
 		}
 		for i := range events[:n] {
@@ -77,6 +78,58 @@ func (m *Memory) fault(gpa uint64) {
 		m.fail(fmt.Errorf("memory: release the thread that waits at GPA %#x: %w", gpa, err))
 	}
 	m.stats.fault(time.Since(start))
+	if m.img.cameAhead(gpa) {
+		m.stats.prefetched.Add(1)
+	}
+}
+
+// lose fails the memory because the faults of fd can't be read any more: nobody will
+// serve who waits for a page, or comes to. So all that is missing is taken out of
+// reach, and all that is protected let go.
+func (m *Memory) lose(fd *uffd.FD, why error) {
+	m.Fail(why)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.closed {
+		return
+	}
+	if s := m.still; s != nil {
+		for _, r := range m.ranges {
+			_ = s.disarm(r) // what can be said of it is why
+		}
+	}
+	if m.lazy == nil {
+		return
+	}
+	for _, r := range m.ranges {
+		m.withdrawMissing(r)
+		_ = fd.Wake(m.host(r.GPA), uintptr(r.Len))
+	}
+}
+
+// withdrawMissing makes what is missing of r inaccessible, as far as the kernel has
+// room for so many mappings. The caller holds mu for writing.
+func (m *Memory) withdrawMissing(r Range) {
+	pm, err := pagemap.Open()
+	if err != nil {
+		return
+	}
+	defer pm.Close()
+	private, err := pm.Private(m.host(r.GPA), m.host(r.End()))
+	if err != nil {
+		return
+	}
+	m.collect(nil, private) // so that it is resident: what the machine wrote is not lost
+	for lo, end := r.GPA/PageSize, r.End()/PageSize; lo < end; {
+		hi := lo
+		for hi < end && !m.resident(hi) {
+			hi++
+		}
+		if hi > lo {
+			_ = m.withdraw(Range{GPA: lo * PageSize, Len: (hi - lo) * PageSize})
+		}
+		lo = hi + 1
+	}
 }
 
 // poison takes a page that could not be fetched out of the machine: a system
@@ -91,26 +144,25 @@ func (m *Memory) poison(page Range) error {
 	return m.withdraw(page)
 }
 
-// withdraw makes a page inaccessible, to Go code too. The caller holds mu for
+// withdraw makes pages inaccessible, to Go code too. The caller holds mu for
 // writing.
-func (m *Memory) withdraw(page Range) error {
-	if err := m.mm.deny(page); err != nil {
+func (m *Memory) withdraw(r Range) error {
+	if err := m.mm.deny(r); err != nil {
 		return err
 	}
 	if m.poisoned == nil {
-		m.poisoned = make(map[uint64]struct{})
+		m.poisoned = newBitmap(span(m.size) / PageSize)
 	}
-	m.poisoned[page.GPA/PageSize] = struct{}{}
+	m.poisoned.set(r.GPA/PageSize, r.End()/PageSize)
 	return nil
 }
 
 // checkPoison returns the failure if a page of [gpa, gpa+n) is poisoned. The
 // caller holds mu.
 func (m *Memory) checkPoison(gpa, n uint64) error {
-	for page := range m.poisoned {
-		if page*PageSize < gpa+n && gpa < (page+1)*PageSize {
-			return m.Err()
-		}
+	lo, hi := gpa/PageSize, (gpa+n+PageSize-1)/PageSize
+	if m.poisoned != nil && m.poisoned.next(lo, hi, true) < hi {
+		return m.Err()
 	}
 	return nil
 }
