@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -228,35 +229,59 @@ func BenchmarkFetch(b *testing.B) {
 	}
 }
 
-// BenchmarkFetchAll restores everything, in order, from two goroutines.
+// BenchmarkFetchAll restores everything, in order, from two goroutines: chunk by chunk, or by batches.
 func BenchmarkFetchAll(b *testing.B) {
-	mem := corpus(b, 256<<20)
+	mem := corpus(b, 1<<30)
 	key, _ := age.GenerateX25519Identity()
 	s, err := OpenStore(benchDir(b))
 	if err != nil {
 		b.Fatal(err)
 	}
 	info := writeFull(b, s, key, mem, Options{})
-	b.SetBytes(int64(len(mem)))
-	for b.Loop() {
-		r, err := s.Open(b.Context(), info.ID, key)
-		if err != nil {
-			b.Fatal(err)
-		}
-		var wg sync.WaitGroup
-		for part := range int64(2) {
-			wg.Go(func() {
-				for c := r.Chunks() * part / 2; c < r.Chunks()*(part+1)/2; c++ {
-					if err := r.Fetch(b.Context(), c, nop); err != nil {
-						b.Error(err)
-						return
-					}
-				}
-			})
-		}
-		wg.Wait()
-		r.Close()
+	r, err := s.Open(b.Context(), info.ID, key)
+	if err != nil {
+		b.Fatal(err)
 	}
+	defer r.Close()
+	for _, size := range []int64{1, 16, 64, 256} {
+		b.Run(fmt.Sprintf("batch=%d", size), func(b *testing.B) {
+			cpu := cpuSeconds()
+			for b.Loop() {
+				fetchAll(b, r, size)
+			}
+			gib := float64(len(mem)) / (1 << 30)
+			b.ReportMetric(gib/(b.Elapsed().Seconds()/float64(b.N)), "GiB/s")
+			b.ReportMetric((cpuSeconds()-cpu)/float64(b.N)/gib, "cpu-s/GiB")
+		})
+	}
+}
+
+// fetchAll fetches all chunks from two goroutines, so many at a time.
+func fetchAll(b *testing.B, r *Reader, size int64) {
+	var next atomic.Int64
+	var wg sync.WaitGroup
+	for range 2 {
+		wg.Go(func() {
+			batch := make([]int64, 0, size)
+			for from := next.Add(size) - size; from < r.Chunks(); from = next.Add(size) - size {
+				batch = batch[:0]
+				for c := from; c < min(from+size, r.Chunks()); c++ {
+					batch = append(batch, c)
+				}
+				var err error
+				if size == 1 {
+					err = r.Fetch(b.Context(), from, nop)
+				} else {
+					err = r.FetchBatch(b.Context(), batch, nop)
+				}
+				if err != nil {
+					b.Error(err)
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
 }
 
 // bigTables returns a page map of that much memory: full chunks, and in every

@@ -54,6 +54,9 @@ type chunkRecord struct {
 	codec  Codec
 }
 
+// end is where the chunk ends in the pack's plaintext.
+func (c chunkRecord) end() uint64 { return c.offset + uint64(c.length) }
+
 // extent maps a run of guest pages to consecutive pages of a chunk.
 type extent struct {
 	page  uint64 // guest page: GPA / PageSize

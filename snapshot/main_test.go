@@ -209,7 +209,30 @@ func (l *lab) check(r *Reader, g *guest) {
 	if len(seen) != len(g.pages) {
 		l.t.Fatalf("%d pages installed of %d", len(seen), len(g.pages))
 	}
+	l.checkBatch(r, g)
 	l.checkLookup(r, g)
+}
+
+// checkBatch compares what one batch of everything installs.
+func (l *lab) checkBatch(r *Reader, g *guest) {
+	l.t.Helper()
+	all := make([]int64, r.Chunks())
+	for i := range all {
+		all[i] = r.Chunks() - 1 - int64(i)
+	}
+	pages := 0
+	err := r.FetchBatch(context.Background(), all, func(gpa uint64, b []byte) error {
+		for ; len(b) > 0; gpa, b = gpa+PageSize, b[PageSize:] {
+			pages++
+			if !bytes.Equal(b[:PageSize], g.pages[gpa/PageSize]) {
+				l.t.Fatalf("page %#x of a batch differs", gpa/PageSize)
+			}
+		}
+		return nil
+	})
+	if err != nil || pages != len(g.pages) {
+		l.t.Fatalf("%d pages installed of %d: %v", pages, len(g.pages), err)
+	}
 }
 
 // checkLookup walks the whole address space by Lookup.

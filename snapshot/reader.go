@@ -24,14 +24,16 @@ type Reader struct {
 	size   uint64 // of the manifest file
 
 	packs   []*packReader
-	buffers sync.Pool // of *fetchBuffers
+	buffers sync.Pool // of *fetchBuffers for one chunk
+	batches sync.Pool // of *fetchBuffers for a span
 
 	// open is held for reading while packs are in use.
 	open   sync.RWMutex
 	closed bool
 }
 
-// fetchBuffers are what one Fetch needs, sized for the snapshot's largest chunk.
+// fetchBuffers are what one Fetch or FetchBatch needs: for what is read at once, and for the pages of the snapshot's
+// largest chunk.
 type fetchBuffers struct{ stored, plain []byte }
 
 // newReader reads, decrypts and checks the manifest in f.
@@ -69,6 +71,9 @@ func (s *Store) reader(h *Header, b *body, size uint64) *Reader {
 	}
 	r.buffers.New = func() any {
 		return &fetchBuffers{make([]byte, b.maxStored), make([]byte, int(b.maxPages)*PageSize)}
+	}
+	r.batches.New = func() any {
+		return &fetchBuffers{make([]byte, max(b.maxStored, batchBytes)), make([]byte, int(b.maxPages)*PageSize)}
 	}
 	return r
 }
@@ -204,15 +209,11 @@ func (r *Reader) Fetch(ctx context.Context, chunk int64, install func(gpa uint64
 	if chunk < 0 || chunk >= r.Chunks() {
 		return fmt.Errorf("%w: chunk %d of %d", ErrInvalid, chunk, r.Chunks())
 	}
-	if err := ctx.Err(); err != nil {
+	if err := r.enter(ctx); err != nil {
 		return err
 	}
-	r.open.RLock()
 	defer r.open.RUnlock()
-	if r.closed {
-		return fmt.Errorf("snapshot %v: reader %w", r.header.ID, ErrClosed)
-	}
-	if r.body.extents.at(int(r.body.head[chunk])).page >= diskPages {
+	if !r.holdsMemory(chunk) {
 		return nil
 	}
 	buf := r.buffers.Get().(*fetchBuffers)
@@ -221,6 +222,29 @@ func (r *Reader) Fetch(ctx context.Context, chunk int64, install func(gpa uint64
 	if err != nil {
 		return err
 	}
+	return r.install(chunk, plain, install)
+}
+
+// enter begins a use of the packs, which ends with open.RUnlock.
+func (r *Reader) enter(ctx context.Context) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	r.open.RLock()
+	if r.closed {
+		r.open.RUnlock()
+		return fmt.Errorf("snapshot %v: reader %w", r.header.ID, ErrClosed)
+	}
+	return nil
+}
+
+// holdsMemory says whether any guest page is in a chunk.
+func (r *Reader) holdsMemory(chunk int64) bool {
+	return r.body.extents.at(int(r.body.head[chunk])).page < diskPages
+}
+
+// install hands the guest pages that are taken from a chunk to a caller's function.
+func (r *Reader) install(chunk int64, plain []byte, install func(gpa uint64, pages []byte) error) error {
 	for i := r.body.head[chunk]; i != none; i = r.body.next[i] {
 		e := r.body.extents.at(int(i))
 		if e.page >= diskPages {
@@ -237,19 +261,23 @@ func (r *Reader) Fetch(ctx context.Context, chunk int64, install func(gpa uint64
 // decode returns the pages of a chunk, in buf.
 func (r *Reader) decode(chunk int, buf *fetchBuffers) ([]byte, error) {
 	c := r.body.chunks.at(chunk)
-	p := r.packs[c.pack]
 	stored := buf.stored[:c.length]
-	if err := p.readAt(stored, c.offset); err != nil {
+	if err := r.packs[c.pack].readAt(stored, c.offset); err != nil {
 		return nil, err
 	}
-	plain, err := decodeChunk(c, stored, buf.plain)
+	return r.unpack(c, stored, buf.plain)
+}
+
+// unpack returns the pages of a chunk of which the stored bytes have been read, in these or in buf.
+func (r *Reader) unpack(c chunkRecord, stored, buf []byte) ([]byte, error) {
+	plain, err := decodeChunk(c, stored, buf)
 	if err != nil {
-		return nil, &FileError{Op: "decode chunk", Path: p.path, Offset: int64(c.offset), Err: err}
+		return nil, &FileError{Op: "decode chunk", Path: r.packs[c.pack].path, Offset: int64(c.offset), Err: err}
 	}
 	return plain, nil
 }
 
-// Close closes the packs, after it has waited for calls of Fetch and Verify. What
+// Close closes the packs, after it has waited for calls of Fetch, FetchBatch and Verify. What
 // needs no packs can still be called. Close may be called again.
 func (r *Reader) Close() error {
 	r.open.Lock()
