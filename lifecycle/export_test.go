@@ -21,3 +21,9 @@ func (m *Machine) GivenUp() <-chan struct{} {
 	defer m.mu.Unlock()
 	return m.attempt.ctx.Done()
 }
+
+// What encodes and reads records of working sets.
+var (
+	MarshalWorkingSet = marshalWorkingSet
+	ParseWorkingSet   = parseWorkingSet
+)

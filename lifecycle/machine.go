@@ -29,6 +29,9 @@ type Machine struct {
 	disks  []*machineDisk // in the order of their indices in snapshots
 	ledger ledger
 
+	prefetched []snapshot.Range // the working set that the resume was told of
+	prefetch   *prefetching     // nil if it was booted
+
 	pausing sync.Mutex // held by an attempt
 	closed  bool
 	// base is what the next snapshot is a diff of: the last checkpoint, or origin. baseEpoch is what was written since the
@@ -87,6 +90,11 @@ type ResumeOptions struct {
 	// page when it is touched. It is slower, and works on hosts where
 	// userfaultfd does not.
 	Eager bool
+	// Prefetch says what is fetched before the guest asks for it, while it runs.
+	Prefetch Prefetch
+	// WorkingSet, if not nil, is what Machine.WorkingSet has said of a machine of this snapshot, to be
+	// prefetched instead of what the snapshot knows.
+	WorkingSet []byte
 	// Progress, if not nil, is told how many bytes of guest memory, of those that
 	// the snapshot has, an eager resume has loaded. It is called from several
 	// goroutines.
@@ -143,8 +151,12 @@ func (m *Machine) resume(ctx context.Context, opts ResumeOptions) error {
 		return err
 	}
 	m.VM, err = vmm.Restore(state, mem, opts.Hardware)
+	if err != nil {
+		return err
+	}
 	m.ledger.vm, m.ledger.disks = m.VM, m.disks
-	return err
+	m.startPrefetch(opts)
+	return nil
 }
 
 // resumeDisks makes the disks that the snapshot has.
@@ -211,6 +223,7 @@ func (m *Machine) Close() error {
 	m.pausing.Lock() // what a Pause reads must not go away under it
 	defer m.pausing.Unlock()
 	m.closed = true
+	m.prefetch.end()
 	var errs []error
 	if m.VM != nil {
 		errs = append(errs, m.VM.Close())

@@ -31,11 +31,23 @@ func (m *Machine) newStoring(ctx context.Context, store *snapshot.Store, opts Pa
 	if s.parent != nil {
 		s.paused.Parent = s.parent.Header().ID
 	}
-	var err error
+	// Before the machine stands still: a hint need not be of that moment.
+	hints, err := m.workingSetSections(ctx)
+	if err != nil {
+		return nil, err
+	}
 	s.writer, err = store.Create(ctx, snapshot.Options{
 		Recipients: opts.Recipients, Parent: s.parent, Workers: opts.Workers, Progress: opts.Progress,
 	})
-	return s, err
+	if err != nil {
+		return nil, err
+	}
+	for _, section := range hints {
+		if err := s.writer.AddSection(section); err != nil {
+			return nil, errors.Join(err, s.writer.Abort())
+		}
+	}
+	return s, nil
 }
 
 // changes are what has to be written: since the last time, or since the parent. nil means everything that may be different from

@@ -20,7 +20,16 @@ const scanStep = 1 << 30
 // neighbours of a written page where the kernel uses huge pages. Before Linux
 // 6.7, pages of zeros that were only read are in it as well. All of its pages are
 // resident, until they are discarded.
-func (m *Memory) Dirty(ctx context.Context) (dirty []Range, err error) {
+func (m *Memory) Dirty(ctx context.Context) ([]Range, error) { return m.scan(ctx, m.scanDirty) }
+
+// Mapped returns the pages that somebody has touched since the memory was made, by reading or by writing, in ascending order and
+// merged, and neighbours with them, which the kernel has mapped along. Pages of zeros may be missing.
+func (m *Memory) Mapped(ctx context.Context) ([]Range, error) { return m.scan(ctx, m.scanMapped) }
+
+// scan goes over RAM step by step; part appends to found what it finds in a step.
+func (m *Memory) scan(
+	ctx context.Context, part func(pm *pagemap.Map, found []Range, r Range) ([]Range, error),
+) (found []Range, err error) {
 	if err := m.enter("scan"); err != nil {
 		return nil, err
 	}
@@ -36,17 +45,25 @@ func (m *Memory) Dirty(ctx context.Context) (dirty []Range, err error) {
 				return nil, err
 			}
 			step := Range{GPA: gpa, Len: min(scanStep, r.End()-gpa)}
-			if dirty, err = m.scan(pm, dirty, step); err != nil {
+			if found, err = part(pm, found, step); err != nil {
 				return nil, err
 			}
 		}
 	}
-	return dirty, nil
+	return found, nil
 }
 
-// scan appends what is private in r to dirty. Nothing is discarded between
+func (m *Memory) scanMapped(pm *pagemap.Map, mapped []Range, r Range) ([]Range, error) {
+	regions, err := pm.Mapped(m.host(r.GPA), m.host(r.End()))
+	for _, r := range regions {
+		mapped = appendRange(mapped, Range{GPA: uint64(r.Start - m.host(0)), Len: uint64(r.End - r.Start)})
+	}
+	return mapped, err
+}
+
+// scanDirty appends what is private in r to dirty. Nothing is discarded between
 // finding a page and noting that it can be touched.
-func (m *Memory) scan(pm *pagemap.Map, dirty []Range, r Range) ([]Range, error) {
+func (m *Memory) scanDirty(pm *pagemap.Map, dirty []Range, r Range) ([]Range, error) {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
 	regions, err := pm.Private(m.host(r.GPA), m.host(r.End()))

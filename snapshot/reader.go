@@ -277,6 +277,19 @@ func (r *Reader) unpack(c chunkRecord, stored, buf []byte) ([]byte, error) {
 	return plain, nil
 }
 
+// Runs are the runs of guest memory that the snapshot takes from a chunk, as Fetch would install them.
+func (r *Reader) Runs(chunk int64) (runs []Range) {
+	if chunk < 0 || chunk >= r.Chunks() {
+		return nil
+	}
+	for i := r.body.head[chunk]; i != none; i = r.body.next[i] {
+		if e := r.body.extents.at(int(i)); e.page < diskPages {
+			runs = append(runs, Range{e.page * PageSize, uint64(e.count) * PageSize})
+		}
+	}
+	return runs
+}
+
 // Close closes the packs, after it has waited for calls of Fetch, FetchBatch and Verify. What
 // needs no packs can still be called. Close may be called again.
 func (r *Reader) Close() error {

@@ -72,18 +72,27 @@ func (m *Map) Close() error { return m.f.Close() }
 // kernel's page of zeros. Kernels before 6.7 can't tell the page of zeros apart:
 // there, pages that were only read are returned too.
 func (m *Map) Private(start, end uintptr) ([]Region, error) {
+	return m.find(start, end, isFile|isZero)
+}
+
+// Mapped returns the pages of [start, end) that somebody has touched, in ascending order, merged: private ones, and those of a
+// file that the kernel has mapped, be it because a neighbour was touched. The page of zeros is left out, but before Linux 6.7.
+func (m *Map) Mapped(start, end uintptr) ([]Region, error) { return m.find(start, end, isZero) }
+
+// find returns pages that are in memory or in swap and in none of the categories without.
+func (m *Map) find(start, end uintptr, without uint64) ([]Region, error) {
 	if !noScan.Load() {
-		found, err := m.scan(start, end)
+		found, err := m.scan(start, end, without)
 		if !errors.Is(err, unix.ENOTTY) {
 			return found, err
 		}
 		noScan.Store(true)
 	}
-	return m.read(start, end)
+	return m.read(start, end, without)
 }
 
 // scan asks the kernel to look, with PAGEMAP_SCAN.
-func (m *Map) scan(start, end uintptr) ([]Region, error) {
+func (m *Map) scan(start, end uintptr, without uint64) ([]Region, error) {
 	raw, err := m.f.SyscallConn()
 	if err != nil {
 		return nil, fmt.Errorf("pagemap: %w", err)
@@ -100,8 +109,8 @@ func (m *Map) scan(start, end uintptr) ([]Region, error) {
 		end:              uint64(end),
 		vec:              uint64(uintptr(unsafe.Pointer(&vec[0]))),
 		vecLen:           uint64(len(vec)),
-		categoryInverted: isFile | isZero,
-		categoryMask:     isFile | isZero,
+		categoryInverted: without,
+		categoryMask:     without,
 		categoryAnyOf:    isPresent | isSwapped,
 		returnMask:       isPresent | isSwapped,
 	}
@@ -137,7 +146,11 @@ func scanOnce(raw syscall.RawConn, arg *scanArg) (n int, err error) {
 
 // read looks at the entries one by one, 512 KiB of them (256 MiB of memory) at
 // a time.
-func (m *Map) read(start, end uintptr) ([]Region, error) {
+func (m *Map) read(start, end uintptr, without uint64) ([]Region, error) {
+	none := uint64(0)
+	if without&isFile != 0 {
+		none = entryFile
+	}
 	var found []Region
 	entries := make([]uint64, min(64<<10, (end-start)/PageSize))
 	for start < end {
@@ -147,7 +160,7 @@ func (m *Map) read(start, end uintptr) ([]Region, error) {
 			return nil, fmt.Errorf("pagemap: %w", err)
 		}
 		for i, e := range part {
-			if e&(entryPresent|entrySwapped) != 0 && e&entryFile == 0 {
+			if e&(entryPresent|entrySwapped) != 0 && e&none == 0 {
 				page := start + uintptr(i)*PageSize
 				found = add(found, page, page+PageSize)
 			}

@@ -18,3 +18,6 @@ func (m *Map) Close() error { return nil }
 
 // Private returns an error that matches errors.ErrUnsupported.
 func (m *Map) Private(start, end uintptr) ([]Region, error) { return nil, errors.ErrUnsupported }
+
+// Mapped returns an error that matches errors.ErrUnsupported.
+func (m *Map) Mapped(start, end uintptr) ([]Region, error) { return nil, errors.ErrUnsupported }

@@ -59,7 +59,7 @@ func TestPrivate(t *testing.T) {
 			mem := mapped(t, kind, pages)
 			base := uintptr(unsafe.Pointer(&mem[0]))
 			rng := rand.New(rand.NewPCG(3, 4))
-			var written, touched []Region
+			var written, touched, mapped []Region
 			for i := range uintptr(pages) {
 				at := base + i*PageSize
 				switch rng.IntN(3) {
@@ -67,8 +67,12 @@ func TestPrivate(t *testing.T) {
 					mem[i*PageSize] = 1
 					written = add(written, at, at+PageSize)
 					touched = add(touched, at, at+PageSize)
+					mapped = add(mapped, at, at+PageSize)
 				case 1:
 					sink += mem[i*PageSize]
+					if kind == "file" {
+						mapped = add(mapped, at, at+PageSize)
+					}
 					if kind == "anonymous" {
 						touched = add(touched, at, at+PageSize)
 					}
@@ -76,12 +80,16 @@ func TestPrivate(t *testing.T) {
 			}
 			for _, part := range []Region{{base, base + pages*PageSize}, {base + PageSize, base + 999*PageSize}} {
 				want := clipped(touched, part)
-				expect(t, "read", want)(m.read(part.Start, part.End))
+				expect(t, "read", want)(m.read(part.Start, part.End, isFile|isZero))
 				got, err := m.Private(part.Start, part.End)
 				if !noScan.Load() {
 					want = clipped(written, part)
 				}
 				expect(t, "Private", want)(got, err)
+				got, err = m.Mapped(part.Start, part.End)
+				if err != nil || !covers(got, clipped(mapped, part)) || kind == "anonymous" && !noScan.Load() && !slices.Equal(got, clipped(mapped, part)) {
+					t.Errorf("Mapped: %d regions (%v), which lack what was touched", len(got), err)
+				}
 			}
 		})
 	}
@@ -122,6 +130,17 @@ func clipped(regions []Region, r Region) []Region {
 		}
 	}
 	return out
+}
+
+// covers says whether all of want is in regions.
+func covers(regions, want []Region) bool {
+	for _, w := range want {
+		part := clipped(regions, w)
+		if len(part) != 1 || part[0] != w {
+			return false
+		}
+	}
+	return true
 }
 
 func expect(t *testing.T, what string, want []Region) func([]Region, error) {
