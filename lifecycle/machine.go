@@ -24,8 +24,10 @@ const sectionPrefix = "vmm/"
 type Machine struct {
 	VM *vmm.VM
 
-	origin *snapshot.Reader // what the VM was resumed from, nil if it was booted
-	image  *memory.Image
+	template *Template        // what the VM was resumed from, nil if it was booted
+	origin   *snapshot.Reader // the template's
+	image    *memory.Image    // the template's
+
 	disks  []*machineDisk // in the order of their indices in snapshots
 	ledger ledger
 
@@ -110,15 +112,12 @@ type ResumeOptions struct {
 // vmm.ErrNoUserfaultfd when it can with Eager only; a *blockdev.BaseError when an image under a disk is not
 // what it was.
 func Resume(ctx context.Context, store *snapshot.Store, id snapshot.ID, opts ResumeOptions) (*Machine, error) {
-	origin, err := store.Open(ctx, id, opts.Identities...)
+	t, err := Open(ctx, store, id, opts.Identities...)
 	if err != nil {
 		return nil, err
 	}
-	m := &Machine{origin: origin, base: origin}
-	if err := m.resume(ctx, opts); err != nil {
-		return nil, errors.Join(fmt.Errorf("resume snapshot %v: %w", id, err), m.Close())
-	}
-	return m, nil
+	m, err := t.Resume(ctx, opts)
+	return m, errors.Join(err, t.Close())
 }
 
 func (m *Machine) resume(ctx context.Context, opts ResumeOptions) error {
@@ -137,9 +136,6 @@ func (m *Machine) resume(ctx context.Context, opts ResumeOptions) error {
 		if err := vmm.CheckLazy(); err != nil {
 			return err
 		}
-	}
-	if m.image, err = memory.NewImage(state.Machine.MemoryBytes, m.origin); err != nil {
-		return err
 	}
 	mapping := memory.MapOptions{Eager: opts.Eager}
 	if opts.Progress != nil {
@@ -232,13 +228,12 @@ func (m *Machine) Close() error {
 		errs = append(errs, d.close())
 	}
 	m.disks = nil
-	if m.image != nil {
-		errs = append(errs, m.image.Close())
+	if m.base != nil && m.base != m.origin {
+		errs = append(errs, m.base.Close())
 	}
-	for _, r := range []*snapshot.Reader{m.base, m.origin} {
-		if r != nil {
-			errs = append(errs, r.Close())
-		}
+	if m.template != nil {
+		errs = append(errs, m.template.leave())
+		m.template = nil
 	}
 	return errors.Join(errs...)
 }

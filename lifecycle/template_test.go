@@ -1,0 +1,74 @@
+//go:build linux && amd64
+
+package lifecycle_test
+
+import (
+	"errors"
+	"testing"
+
+	"github.com/cryovisor/cryovisor/internal/testvm"
+	"github.com/cryovisor/cryovisor/lifecycle"
+	"github.com/cryovisor/cryovisor/snapshot"
+	"github.com/cryovisor/cryovisor/vmm"
+)
+
+// TestTemplate: machines of one template share what is fetched, nothing of what each writes shows in another, and each can be
+// stored by itself; the template may be closed before them.
+func TestTemplate(t *testing.T) {
+	checkLeaks(t)
+	g := newGuest(t, testvm.WorkerConfig{Memory: 64 << 20, VCPUs: 2})
+	m := g.boot(t, testvm.NoLimit)
+	g.work(t, m, 10)
+	id := g.pause(t, m).ID
+	saved := g.device.State()
+	closeMachine(t, m)
+
+	tpl, err := lifecycle.Open(t.Context(), g.store, id, g.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var guests []*guest
+	var machines []*lifecycle.Machine
+	for i := range 4 {
+		c := g.past(saved)
+		m, err := tpl.Resume(t.Context(), lifecycle.ResumeOptions{Hardware: c.hardware(testvm.NoLimit), Eager: i == 3})
+		if errors.Is(err, vmm.ErrNoUserfaultfd) {
+			t.Skip(err)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { closeMachine(t, m) })
+		if err := m.Resume(); err != nil {
+			t.Fatal(err)
+		}
+		guests, machines = append(guests, c), append(machines, m)
+	}
+	if err := errors.Join(tpl.Close(), tpl.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := tpl.Resume(t.Context(), lifecycle.ResumeOptions{}); !errors.Is(err, vmm.ErrClosed) {
+		t.Errorf("of a template that is closed: %v", err)
+	}
+	ids := make([]snapshot.ID, len(guests))
+	for i, c := range guests {
+		c.work(t, machines[i], 10*int64(i+1))
+		c.compare(t, machines[i])
+		c.device.SetLimit(testvm.NoLimit)
+		ids[i] = c.pause(t, machines[i]).ID
+	}
+	// The last was eager: all that there is came into their image, and once.
+	header := g.open(t, id).Header()
+	if n := machines[0].VM.Memory().Stats().PagesFetched; n != header.PagesMapped {
+		t.Errorf("%d pages came into the image, the snapshot has %d", n, header.PagesMapped)
+	}
+	for _, m := range machines {
+		closeMachine(t, m)
+	}
+	for i, c := range guests {
+		m := c.resume(t, ids[i], false, testvm.NoLimit)
+		c.work(t, m, 10)
+		c.compare(t, m)
+		closeMachine(t, m)
+	}
+}
