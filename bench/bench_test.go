@@ -9,7 +9,6 @@ import (
 	"os"
 	"runtime"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -35,18 +34,9 @@ var sizes = []uint64{1 << 30, 4 << 30}
 // fitting are sizes, and 16 GiB where there is room for the guest, three quarters of which are not zero, and for its snapshot.
 func fitting(b *testing.B) []uint64 {
 	b.Helper()
-	info, err := os.ReadFile("/proc/meminfo")
-	if err != nil {
-		b.Fatal(err)
-	}
-	_, rest, _ := strings.Cut(string(info), "MemAvailable:")
-	kib := uint64(0)
-	if _, err := fmt.Sscan(rest, &kib); err != nil {
-		b.Fatal(err)
-	}
-	const large, room = 16 << 30, 20 << 20 // the latter in KiB
-	if kib < room {
-		b.Logf("%d MiB of memory are available, not enough for a guest of 16 GiB", kib>>10)
+	const large, room = 16 << 30, 20 << 30
+	if have := available(b); have < room {
+		b.Logf("%d MiB of memory are available, not enough for a guest of 16 GiB", have>>20)
 		return sizes
 	}
 	return append(slices.Clone(sizes), large)
