@@ -315,3 +315,41 @@ func reopen(b *testing.B, m *memory.Memory, s *still, dirty []memory.Range) *sti
 	}
 	return s
 }
+
+// BenchmarkReclaim looks at an image of 1 GiB when its machine has written nothing
+// (clean), gives it back when that has rewritten everything (all), and looks once more
+// (idle).
+func BenchmarkReclaim(b *testing.B) {
+	src := &linear{gib, make([]byte, 128<<10)}
+	pass := func(b *testing.B, img *memory.Image, want uint64) time.Duration {
+		start := time.Now()
+		if freed, err := img.Reclaim(context.Background()); err != nil || freed != want {
+			b.Fatalf("freed %d bytes (%v), want %d", freed, err, want)
+		}
+		return time.Since(start)
+	}
+	var took [3]time.Duration
+	for b.Loop() {
+		img := newImageOf(b, src)
+		m := mapImage(b, img, memory.MapOptions{})
+		if err := m.Populate(context.Background()); err != nil {
+			b.Fatal(err)
+		}
+		took[0] += pass(b, img, 0)
+		for gpa := int64(0); gpa < gib; gpa += page {
+			if _, err := m.WriteAt([]byte{1}, gpa); err != nil {
+				b.Fatal(err)
+			}
+		}
+		took[1] += pass(b, img, gib)
+		took[2] += pass(b, img, 0)
+		if n, err := img.Held(); err != nil || n != 0 {
+			b.Fatalf("the image holds %d bytes (%v)", n, err)
+		}
+		m.Close()
+		img.Close()
+	}
+	for i, name := range []string{"clean", "all", "idle"} {
+		b.ReportMetric(float64(took[i].Microseconds())/1e3/float64(b.N), name+"-ms/GiB")
+	}
+}
