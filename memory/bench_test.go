@@ -3,6 +3,7 @@
 package memory_test
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"slices"
@@ -39,13 +40,15 @@ func (l *linear) Chunks() int64 {
 	return int64(l.size) / int64(len(l.chunk))
 }
 
-// benchFaults has a system call touch one byte of each step of a new mapping.
+// benchFaults has a system call touch one byte of each step of a new mapping. p50 and
+// p99 are of a touch, seen from outside, and of the pager's part by its own account.
 func benchFaults(b *testing.B, src *linear, step uint64, write bool) {
 	p := []byte{1}
 	var m *memory.Memory
 	var tc *toucher
 	gpa := src.size
 	var spent memory.Stats
+	var took []time.Duration
 	drop := func() {
 		if m == nil {
 			return
@@ -53,6 +56,9 @@ func benchFaults(b *testing.B, src *linear, step uint64, write bool) {
 		s := m.Stats()
 		spent.Faults += s.Faults
 		spent.FaultTime += s.FaultTime
+		for i, n := range s.Latency {
+			spent.Latency[i] += n
+		}
 		tc.close()
 		m.Close()
 	}
@@ -73,6 +79,7 @@ func benchFaults(b *testing.B, src *linear, step uint64, write bool) {
 			b.StartTimer()
 		}
 		var err error
+		start := time.Now()
 		if write {
 			err = tc.store(p, gpa)
 		} else {
@@ -81,14 +88,19 @@ func benchFaults(b *testing.B, src *linear, step uint64, write bool) {
 		if err != nil {
 			b.Fatal(err)
 		}
+		took = append(took, time.Since(start))
 		gpa += step
 	}
 	drop()
+	slices.Sort(took)
+	b.ReportMetric(float64(took[len(took)/2].Nanoseconds())/1e3, "p50-us")
+	b.ReportMetric(float64(took[len(took)*99/100].Nanoseconds())/1e3, "p99-us")
+	b.ReportMetric(float64(spent.Latency.Quantile(0.99).Nanoseconds())/1e3, "pager-p99-us")
 	b.ReportMetric(float64(spent.FaultTime.Microseconds())/float64(max(1, spent.Faults)), "pager-us/fault")
 }
 
 func BenchmarkFault(b *testing.B) {
-	for _, size := range []uint64{4 << 10, 64 << 10, 256 << 10} {
+	for _, size := range []uint64{4 << 10, 64 << 10, 128 << 10, 256 << 10} {
 		b.Run(fmt.Sprintf("%dKiB", size>>10), func(b *testing.B) {
 			chunk := make([]byte, size)
 			for i := range chunk {
@@ -97,6 +109,10 @@ func BenchmarkFault(b *testing.B) {
 			benchFaults(b, &linear{256 * mib, chunk}, size, false)
 		})
 	}
+	// Every page in turn, of which the first of each chunk is missing.
+	b.Run("128KiB-all-pages", func(b *testing.B) {
+		benchFaults(b, &linear{256 * mib, bytes.Repeat([]byte{1}, 128<<10)}, page, false)
+	})
 	b.Run("zero-window", func(b *testing.B) { benchFaults(b, &linear{size: 2 * gib}, mib, false) })
 	b.Run("zero-page", func(b *testing.B) { benchFaults(b, &linear{size: 256 * mib}, page, false) })
 }
@@ -314,4 +330,42 @@ func reopen(b *testing.B, m *memory.Memory, s *still, dirty []memory.Range) *sti
 		b.Fatal(err)
 	}
 	return s
+}
+
+// BenchmarkReclaim looks at an image of 1 GiB when its machine has written nothing
+// (clean), gives it back when that has rewritten everything (all), and looks once more
+// (idle).
+func BenchmarkReclaim(b *testing.B) {
+	src := &linear{gib, make([]byte, 128<<10)}
+	pass := func(b *testing.B, img *memory.Image, want uint64) time.Duration {
+		start := time.Now()
+		if freed, err := img.Reclaim(context.Background()); err != nil || freed != want {
+			b.Fatalf("freed %d bytes (%v), want %d", freed, err, want)
+		}
+		return time.Since(start)
+	}
+	var took [3]time.Duration
+	for b.Loop() {
+		img := newImageOf(b, src)
+		m := mapImage(b, img, memory.MapOptions{})
+		if err := m.Populate(context.Background()); err != nil {
+			b.Fatal(err)
+		}
+		took[0] += pass(b, img, 0)
+		for gpa := int64(0); gpa < gib; gpa += page {
+			if _, err := m.WriteAt([]byte{1}, gpa); err != nil {
+				b.Fatal(err)
+			}
+		}
+		took[1] += pass(b, img, gib)
+		took[2] += pass(b, img, 0)
+		if n, err := img.Held(); err != nil || n != 0 {
+			b.Fatalf("the image holds %d bytes (%v)", n, err)
+		}
+		m.Close()
+		img.Close()
+	}
+	for i, name := range []string{"clean", "all", "idle"} {
+		b.ReportMetric(float64(took[i].Microseconds())/1e3/float64(b.N), name+"-ms/GiB")
+	}
 }

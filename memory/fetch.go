@@ -21,8 +21,9 @@ var pauses = [...]time.Duration{20 * time.Millisecond, 60 * time.Millisecond, 18
 type flight struct {
 	done  chan struct{}
 	err   error
-	ahead bool // nobody had asked for the chunk
-	batch bool // and it comes with others: waiting for it may take longer than fetching it
+	ahead bool   // nobody had asked for the chunk
+	batch bool   // and it comes with others: waiting for it may take longer than fetching it
+	epoch uint64 // of the image, when it began
 }
 
 // Fetch makes the pages of a chunk present, for somebody who waits for one of them.
@@ -106,7 +107,7 @@ func (img *Image) board(chunk int64, ahead bool) (f *flight, mine bool, err erro
 
 // start makes f the flight of chunk. The caller holds mu.
 func (img *Image) start(chunk int64, f *flight) *flight {
-	f.done = make(chan struct{})
+	f.done, f.epoch = make(chan struct{}), img.epoch
 	img.flights[chunk] = f
 	img.refs++
 	return f
@@ -125,7 +126,10 @@ func (img *Image) land(f *flight, chunk int64, err error) error {
 		if f.ahead {
 			img.ahead.set(at, at+1)
 		}
-		img.done.set(at, at+1)
+		// What left the image in the meantime may have been this chunk's.
+		if f.epoch == img.epoch {
+			img.done.set(at, at+1)
+		}
 	}
 	img.mu.Unlock()
 	f.err = err

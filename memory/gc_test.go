@@ -59,20 +59,20 @@ func gcMain() int {
 }
 
 // mapLazily makes a lazy Memory of o, which keeps its image alive.
-func mapLazily(o *oracle) (*memory.Memory, error) {
+func mapLazily(o *oracle) (*memory.Image, *memory.Memory, error) {
 	img, err := memory.NewImage(o.size, o)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	m, err := img.Map(context.Background(), memory.MapOptions{})
-	return m, errors.Join(err, img.Close())
+	return img, m, errors.Join(err, img.Close())
 }
 
 func faultAndCollect() error {
 	rng := rand.New(rand.NewPCG(7, 7))
 	data := memory.Range{Len: 48 * mib}
 	o := newOracleOf(rng, 1, 1, 64*mib, data)
-	m, err := mapLazily(o)
+	_, m, err := mapLazily(o)
 	if err != nil {
 		return err
 	}
@@ -108,19 +108,21 @@ func repeat(f func() error) (stop func() (int, error)) {
 	}
 }
 
-// discardAndCollect is the same while pages are taken away, so that each is
-// missing again and again, also between being served and being touched.
+// discardAndCollect is the same while pages are taken away, from the machine and
+// from the image, so that each is missing again and again, also between being served
+// and being touched.
 func discardAndCollect() error {
 	rng := rand.New(rand.NewPCG(8, 8))
 	data := memory.Range{Len: 3 * mib}
 	o := newOracleOf(rng, 8, 4, 4*mib, data)
-	m, err := mapLazily(o)
+	img, m, err := mapLazily(o)
 	if err != nil {
 		return err
 	}
 	defer m.Close()
 
 	collect := repeat(func() error { runtime.GC(); return nil })
+	reclaim := repeat(func() error { _, err := img.Reclaim(context.Background()); return err })
 	scan := repeat(func() error { _, err := m.Dirty(context.Background()); return err })
 	mine := rand.New(rand.NewPCG(9, 9))
 	var taken atomic.Int64
@@ -136,13 +138,15 @@ func discardAndCollect() error {
 	}
 	discards, derr := discard()
 	scans, serr := scan()
+	_, rerr := reclaim()
 	collections, _ := collect()
 	s := m.Stats()
-	fmt.Printf("%d discards, %d scans, %d faults, %d collections\n", discards, scans, s.Faults, collections)
-	if err = errors.Join(err, derr, serr, discardAll(m, o, data)); err != nil {
+	fmt.Printf("%d discards, %d scans, %d faults, %d collections, %d KiB reclaimed\n",
+		discards, scans, s.Faults, collections, s.ReclaimedBytes>>10)
+	if err = errors.Join(err, derr, serr, rerr, discardAll(m, o, data)); err != nil {
 		return err
 	}
-	if scans == 0 || collections == 0 {
+	if scans == 0 || collections == 0 || s.ReclaimedBytes == 0 {
 		return errors.New("that is too little to prove anything")
 	}
 	return nil
@@ -154,7 +158,7 @@ func freezeAndCollect() error {
 	rng := rand.New(rand.NewPCG(10, 10))
 	data := memory.Range{Len: 3 * mib}
 	o := newOracleOf(rng, 8, 4, 4*mib, data)
-	m, err := mapLazily(o)
+	_, m, err := mapLazily(o)
 	if err != nil {
 		return err
 	}

@@ -43,9 +43,9 @@ type BatchSource interface {
 }
 
 // An Image is the memory of a snapshot as far as it has been fetched, in a
-// memfd that the machines resumed from it share. It only grows: nobody writes to
-// it but Fetch and its kin, and machines write to private copies of its pages. All
-// methods are safe for concurrent use.
+// memfd that the machines resumed from it share. Nobody writes to it but Fetch and
+// its kin, and machines write to private copies of its pages; it shrinks by Reclaim
+// only. All methods are safe for concurrent use.
 type Image struct {
 	size   uint64
 	ranges []Range
@@ -55,12 +55,17 @@ type Image struct {
 	// present is the pages in file. A bit is set after the page is written. As long
 	// as it is set, touching the page can't block.
 	present bitmap
+	filling sync.RWMutex // held for writing while pages leave file, for reading while others enter it
+
+	mapMu sync.Mutex
+	maps  []*Memory // every Memory of the image
 
 	mu      sync.Mutex
 	refs    int               // the creator, every Memory, every fetch under way
 	closed  bool              // the creator has closed it
 	flights map[int64]*flight // fetches under way
 	done    bitmap            // chunks that are fetched: all of their pages are present
+	epoch   uint64            // grows when pages leave file
 	ahead   bitmap            // chunks that were fetched before anybody had asked
 
 	demands int        // fetches that somebody waits for
@@ -74,7 +79,7 @@ type Image struct {
 	now   func() time.Time
 	pause func(context.Context, time.Duration) error // between two attempts to fetch
 
-	demandPages, aheadPages, chunksFetched atomic.Uint64
+	demandPages, aheadPages, chunksFetched, reclaimed atomic.Uint64
 }
 
 // NewImage returns an empty image of size bytes of RAM that fills itself from
@@ -158,6 +163,8 @@ func (img *Image) install(gpa uint64, pages []byte, count *atomic.Uint64) error 
 	if gpa%PageSize != 0 || n%PageSize != 0 || !inRAM(img.ranges, gpa, n) {
 		return fmt.Errorf("%w: %d bytes for GPA %#x", ErrSource, n, gpa)
 	}
+	img.filling.RLock()
+	defer img.filling.RUnlock()
 	end := (gpa + n) / PageSize
 	for lo := gpa / PageSize; lo < end; {
 		lo = img.present.next(lo, end, false)

@@ -20,5 +20,7 @@ func TestLinuxRealKVM(t *testing.T) {
 		t.Run("zeros", TestStillOfZeros)
 		t.Run("protect alone", TestProtectAlone)
 		t.Run("refused", TestRefusedWrite)
+		t.Run("reclaimed", TestReclaimIsExact)
+		t.Run("vCPUs while pages are reclaimed", TestKVMRunDuringReclaim)
 	})
 }

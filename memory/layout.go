@@ -62,6 +62,18 @@ func appendRange(ranges []Range, next Range) []Range {
 	return append(ranges, next)
 }
 
+// inSteps calls f for parts of ranges of at most size bytes, until it fails.
+func inSteps(ranges []Range, size uint64, f func(Range) error) error {
+	for _, r := range ranges {
+		for gpa := r.GPA; gpa < r.End(); gpa += size {
+			if err := f(Range{GPA: gpa, Len: min(size, r.End()-gpa)}); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
 // Layout returns the RAM ranges of a machine with size bytes of memory, in
 // ascending order: one up to 3 GiB, two above. It is a pure function of size,
 // which is what makes a page map meaningful on another host.

@@ -88,6 +88,7 @@ func (img *Image) build(ctx context.Context, opts MapOptions) (*Memory, error) {
 	if !opts.Eager {
 		m.lazy, err = newLazy(span(img.size))
 	}
+	img.join(m)
 	if opts.Eager {
 		progress := opts.Progress
 		if progress == nil {
@@ -99,6 +100,7 @@ func (img *Image) build(ctx context.Context, opts MapOptions) (*Memory, error) {
 		err = m.attach(m.ranges[i])
 	}
 	if err != nil {
+		img.leave(m)
 		return nil, errors.Join(err, m.lazy.close(), m.mm.unmap())
 	}
 	if m.lazy != nil {
@@ -144,10 +146,10 @@ func (l *lazy) close() error {
 }
 
 // resident says whether Go code may touch the page: nothing can block it there.
-// What the image has, it keeps. A page of own can be lost to Discard, which
-// holds mu for writing: so own is set, together with what makes it true, under mu,
-// and whoever touches a page has held mu since it was resident. Without mu the
-// answer is a hint.
+// A page of own can be lost to Discard, and one of the image to Reclaim, which takes
+// only what is private here, and makes it a page of own first. Both hold mu for
+// writing: so own is set, together with what makes it true, under mu, and whoever
+// touches a page has held mu since it was resident. Without mu the answer is a hint.
 func (m *Memory) resident(page uint64) bool {
 	return m.lazy == nil || m.img.present.get(page) || m.lazy.own.get(page)
 }

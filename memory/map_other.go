@@ -20,6 +20,7 @@ func errUnsupported() error {
 func reserve(uint64) (*mapping, error)         { return nil, errUnsupported() }
 func newImageFile(uint64) (*os.File, error)    { return nil, errUnsupported() }
 func hugeShmem() (bool, error)                 { return false, errUnsupported() }
+func punch(*os.File, Range) error              { return errUnsupported() }
 func (m *mapping) place(Range, *os.File) error { return errUnsupported() }
 func (m *mapping) advise(Range, bool) error    { return errUnsupported() }
 func (m *mapping) discard(Range) error         { return errUnsupported() }

@@ -151,6 +151,15 @@ func newImageFile(n uint64) (*os.File, error) {
 	return f, nil
 }
 
+// punch gives the memory of r back. Private copies of its pages are not affected.
+func punch(image *os.File, r Range) error {
+	const mode = unix.FALLOC_FL_PUNCH_HOLE | unix.FALLOC_FL_KEEP_SIZE
+	if err := unix.Fallocate(int(image.Fd()), mode, int64(r.GPA), int64(r.Len)); err != nil {
+		return fmt.Errorf("memory: punch %d bytes at GPA %#x out of the image: %w", r.Len, r.GPA, err)
+	}
+	return nil
+}
+
 // hugeShmem finds out whether a one-page write to a memfd makes more than one
 // page present.
 func hugeShmem() (bool, error) {

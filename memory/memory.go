@@ -185,7 +185,7 @@ func (m *Memory) View(gpa uint64, n int) ([]byte, error) {
 }
 
 // Populate fetches everything that is missing, so that nothing of the source is
-// needed any more. Ranges that the source knows to be zero stay as they are:
+// needed any more, unless Reclaim takes pages back. Ranges that the source knows to be zero stay as they are:
 // they cost the kernel's tables only, and only when they are touched.
 func (m *Memory) Populate(ctx context.Context) error {
 	if err := m.enter("populate"); err != nil {
@@ -228,6 +228,7 @@ func (m *Memory) Close() error {
 	err := m.endPager(s)
 	err = errors.Join(err, m.mm.unmap())
 	if m.img != nil {
+		m.img.leave(m)
 		err = errors.Join(err, m.img.release())
 	}
 	return err

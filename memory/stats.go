@@ -18,11 +18,13 @@ type Stats struct {
 	Slowest    time.Duration // and for the slowest
 	Latency    Latency       // and for each
 
-	// Of the image, for all of its machines.
-	PagesFetched  uint64 // pages that came into the image
-	ChunksFetched uint64 // chunks that did
-	DemandBytes   uint64 // what came because somebody waited for a page of the chunk
-	PrefetchBytes uint64 // and what came by Prefetch or Populate, before anybody did
+	// Of the image, for all of its machines. What was reclaimed and is fetched again
+	// counts again.
+	PagesFetched   uint64 // pages that came into the image
+	ChunksFetched  uint64 // chunks that did
+	DemandBytes    uint64 // what came because somebody waited for a page of the chunk
+	PrefetchBytes  uint64 // and what came by Prefetch or Populate, before anybody did
+	ReclaimedBytes uint64 // what Reclaim gave back
 }
 
 // Latency says how long things took: element i counts those that took less than
@@ -80,6 +82,7 @@ func (m *Memory) Stats() Stats {
 		s.ChunksFetched = m.img.chunksFetched.Load()
 		s.DemandBytes = m.img.demandPages.Load() * PageSize
 		s.PrefetchBytes = m.img.aheadPages.Load() * PageSize
+		s.ReclaimedBytes = m.img.reclaimed.Load() * PageSize
 	}
 	return s
 }

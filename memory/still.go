@@ -169,14 +169,7 @@ func (s *Still) protect(ctx context.Context, expected []Range) (err error) {
 
 // steps calls f for all of RAM, a step at a time.
 func (m *Memory) steps(f func(Range) error) error {
-	for _, r := range m.ranges {
-		for gpa := r.GPA; gpa < r.End(); gpa += protectStep {
-			if err := f(Range{GPA: gpa, Len: min(protectStep, r.End()-gpa)}); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
+	return inSteps(m.ranges, protectStep, f)
 }
 
 // protectPart looks again at what is private: the protection of a page that has
