@@ -102,18 +102,21 @@ type ResumeOptions struct {
 // vmm.ErrNoUserfaultfd when it can with Eager only; a *blockdev.BaseError when an image under a disk is not
 // what it was.
 func Resume(ctx context.Context, store *snapshot.Store, id snapshot.ID, opts ResumeOptions) (*Machine, error) {
+	// The kernel takes as long to make a VM as it takes to open the snapshot, which it does not depend on.
+	shell := makeShell()
+	defer shell.close()
 	origin, err := store.Open(ctx, id, opts.Identities...)
 	if err != nil {
 		return nil, err
 	}
 	m := &Machine{origin: origin, base: origin}
-	if err := m.resume(ctx, opts); err != nil {
+	if err := m.resume(ctx, shell, opts); err != nil {
 		return nil, errors.Join(fmt.Errorf("resume snapshot %v: %w", id, err), m.Close())
 	}
 	return m, nil
 }
 
-func (m *Machine) resume(ctx context.Context, opts ResumeOptions) error {
+func (m *Machine) resume(ctx context.Context, made *pendingShell, opts ResumeOptions) error {
 	state, err := readState(m.origin)
 	if err != nil {
 		return err
@@ -122,13 +125,12 @@ func (m *Machine) resume(ctx context.Context, opts ResumeOptions) error {
 		return err
 	}
 	opts.Hardware = m.hardware(opts.Hardware, opts.Disks.OnError)
-	if err := vmm.CheckHost(state, opts.Hardware); err != nil {
+	shell, err := made.wait()
+	if err != nil {
 		return err
 	}
-	if !opts.Eager {
-		if err := vmm.CheckLazy(); err != nil {
-			return err
-		}
+	if err := shell.CheckHost(state, opts.Hardware); err != nil {
+		return err
 	}
 	if m.image, err = memory.NewImage(state.Machine.MemoryBytes, m.origin); err != nil {
 		return err
@@ -140,10 +142,22 @@ func (m *Machine) resume(ctx context.Context, opts ResumeOptions) error {
 	}
 	mem, err := m.image.Map(ctx, mapping)
 	if err != nil {
+		return explained(err, opts.Eager)
+	}
+	m.VM, err = shell.Restore(state, mem, opts.Hardware)
+	m.ledger.vm, m.ledger.disks = m.VM, m.disks
+	return err
+}
+
+// explained is why memory could not be mapped. Whether a lazy mapping is possible at all is asked only when one has failed:
+// the question costs as much as the mapping.
+func explained(err error, eager bool) error {
+	if eager {
 		return err
 	}
-	m.VM, err = vmm.Restore(state, mem, opts.Hardware)
-	m.ledger.vm, m.ledger.disks = m.VM, m.disks
+	if lazy := vmm.CheckLazy(); lazy != nil {
+		return lazy
+	}
 	return err
 }
 

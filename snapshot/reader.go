@@ -152,7 +152,7 @@ func (r *Reader) CheckSections(known func(name string, version uint32) bool) err
 }
 
 // Chunks returns the number of chunks; they are numbered from 0.
-func (r *Reader) Chunks() int64 { return int64(len(r.body.head)) }
+func (r *Reader) Chunks() int64 { return int64(r.body.chunks.len()) }
 
 // Lookup describes the run of guest memory around gpa that has one origin: the
 // chunk that holds it, or chunk < 0 for a run that is known to be zero. start
@@ -212,6 +212,7 @@ func (r *Reader) Fetch(ctx context.Context, chunk int64, install func(gpa uint64
 	if r.closed {
 		return fmt.Errorf("snapshot %v: reader %w", r.header.ID, ErrClosed)
 	}
+	r.body.index()
 	if r.body.extents.at(int(r.body.head[chunk])).page >= diskPages {
 		return nil
 	}

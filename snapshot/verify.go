@@ -132,6 +132,7 @@ func (v *verifier) gap(i int, from, to uint64) {
 // lost notes damage that affects chunks first up to last of pack i.
 func (v *verifier) lost(i int, chunk int64, first, last int, err error) {
 	b, p := v.r.body, v.r.packs[i]
+	b.index()
 	d := Damage{Pack: p.rec.id, Path: p.path, Chunk: chunk, Err: err}
 	for c := first; c < last; c++ {
 		for x := b.head[c]; x != none; x = b.next[x] {
