@@ -100,7 +100,7 @@ func (r *rig) boot() *lifecycle.Machine {
 	r.device = testvm.NewDevice(r.worker, nil, testvm.NoLimit, func(testvm.Report) { r.reports.Add(1) })
 	m, err := lifecycle.Boot(r.b.Context(), vmm.Config{
 		MemoryBytes: r.worker.Config().Memory, Boot: r.worker.Image().Program(),
-		Hardware: vmm.Hardware{Ports: []vmm.Ports{r.device.Ports()}},
+		Hardware: vmm.Hardware{Ports: []vmm.Ports{r.device.Ports()}, AllowOvercommit: true},
 	}, lifecycle.Disks{})
 	r.must(err)
 	mem := m.VM.Memory()
@@ -153,18 +153,28 @@ func (f *firstSign) Out(port uint16, data []byte) {
 	f.PortDevice.Out(port, data)
 }
 
-// resume resumes a snapshot and returns how long it took until the guest was
-// entered, and until it gave its first sign.
-func (r *rig) resume(id snapshot.ID, eager bool) (m *lifecycle.Machine, entered, sign time.Duration) {
-	r.b.Helper()
+// hardware is that of a machine that is resumed. The guest may have more memory than the host, of which it uses little.
+func (r *rig) hardware(id snapshot.ID) (vmm.Hardware, *firstSign) {
 	r.device = testvm.NewDevice(r.worker, r.states[id], testvm.NoLimit, func(testvm.Report) { r.reports.Add(1) })
 	ports := r.device.Ports()
 	f := &firstSign{PortDevice: ports.Device, seen: make(chan struct{})}
 	ports.Device = f
+	return vmm.Hardware{Ports: []vmm.Ports{ports}, AllowOvercommit: true}, f
+}
+
+// resume resumes a snapshot and returns how long it took until the guest was
+// entered, and until it gave its first sign.
+func (r *rig) resume(id snapshot.ID, eager bool) (m *lifecycle.Machine, entered, sign time.Duration) {
+	r.b.Helper()
+	return r.resumeWith(id, lifecycle.ResumeOptions{Eager: eager})
+}
+
+func (r *rig) resumeWith(id snapshot.ID, opts lifecycle.ResumeOptions) (m *lifecycle.Machine, entered, sign time.Duration) {
+	r.b.Helper()
+	hw, f := r.hardware(id)
+	opts.Identities, opts.Hardware = []age.Identity{r.key}, hw
 	began := time.Now()
-	m, err := lifecycle.Resume(context.Background(), r.store, id, lifecycle.ResumeOptions{
-		Identities: []age.Identity{r.key}, Hardware: vmm.Hardware{Ports: []vmm.Ports{ports}}, Eager: eager,
-	})
+	m, err := lifecycle.Resume(context.Background(), r.store, id, opts)
 	r.must(err)
 	r.must(m.VM.Resume())
 	entered = time.Since(began)
@@ -177,33 +187,4 @@ func gib(bytes uint64) string { return fmt.Sprintf("%dGiB", bytes>>30) }
 func percentile(d []time.Duration, p float64) float64 {
 	slices.Sort(d)
 	return float64(d[int(p*float64(len(d)-1))].Microseconds()) / 1000
-}
-
-// BenchmarkResume measures from opening the snapshot: until the guest is entered
-// (enter-ms) and until its first port access, after at most 64 steps of its work
-// on missing memory (first-sign-ms).
-func BenchmarkResume(b *testing.B) {
-	for _, ram := range sizes {
-		for _, eager := range []bool{false, true} {
-			kind := map[bool]string{false: "lazy/", true: "eager/"}[eager]
-			b.Run(kind+gib(ram), func(b *testing.B) {
-				r := newRig(b, ram, 64<<20)
-				m := r.boot()
-				id := r.pause(m).ID
-				r.must(m.Close())
-				var enter, sign []time.Duration
-				for b.Loop() {
-					m, e, s := r.resume(id, eager)
-					enter, sign = append(enter, e), append(sign, s)
-					b.StopTimer()
-					r.must(m.Close())
-					b.StartTimer()
-				}
-				b.ReportMetric(percentile(enter, 0.5), "enter-ms")
-				b.ReportMetric(percentile(sign, 0.5), "first-sign-ms")
-				b.ReportMetric(percentile(sign, 0.99), "p99-ms")
-				b.ReportMetric(0, "ns/op")
-			})
-		}
-	}
 }

@@ -112,15 +112,18 @@ type ResumeOptions struct {
 // vmm.ErrNoUserfaultfd when it can with Eager only; a *blockdev.BaseError when an image under a disk is not
 // what it was.
 func Resume(ctx context.Context, store *snapshot.Store, id snapshot.ID, opts ResumeOptions) (*Machine, error) {
+	// The kernel takes as long to make a VM as it takes to open the snapshot, which it does not depend on.
+	shell := makeShell()
+	defer shell.close()
 	t, err := Open(ctx, store, id, opts.Identities...)
 	if err != nil {
 		return nil, err
 	}
-	m, err := t.Resume(ctx, opts)
+	m, err := t.resume(ctx, shell, opts)
 	return m, errors.Join(err, t.Close())
 }
 
-func (m *Machine) resume(ctx context.Context, opts ResumeOptions) error {
+func (m *Machine) resume(ctx context.Context, made *pendingShell, opts ResumeOptions) error {
 	state, err := readState(m.origin)
 	if err != nil {
 		return err
@@ -129,13 +132,12 @@ func (m *Machine) resume(ctx context.Context, opts ResumeOptions) error {
 		return err
 	}
 	opts.Hardware = m.hardware(opts.Hardware, opts.Disks.OnError)
-	if err := vmm.CheckHost(state, opts.Hardware); err != nil {
+	shell, err := made.wait()
+	if err != nil {
 		return err
 	}
-	if !opts.Eager {
-		if err := vmm.CheckLazy(); err != nil {
-			return err
-		}
+	if err := shell.CheckHost(state, opts.Hardware); err != nil {
+		return err
 	}
 	mapping := memory.MapOptions{Eager: opts.Eager}
 	if opts.Progress != nil {
@@ -144,15 +146,26 @@ func (m *Machine) resume(ctx context.Context, opts ResumeOptions) error {
 	}
 	mem, err := m.image.Map(ctx, mapping)
 	if err != nil {
-		return err
+		return explained(err, opts.Eager)
 	}
-	m.VM, err = vmm.Restore(state, mem, opts.Hardware)
-	if err != nil {
+	if m.VM, err = shell.Restore(state, mem, opts.Hardware); err != nil {
 		return err
 	}
 	m.ledger.vm, m.ledger.disks = m.VM, m.disks
 	m.startPrefetch(opts)
 	return nil
+}
+
+// explained is why memory could not be mapped. Whether a lazy mapping is possible at all is asked only when one has failed:
+// the question costs as much as the mapping.
+func explained(err error, eager bool) error {
+	if eager {
+		return err
+	}
+	if lazy := vmm.CheckLazy(); lazy != nil {
+		return lazy
+	}
+	return err
 }
 
 // resumeDisks makes the disks that the snapshot has.

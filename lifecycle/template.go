@@ -53,11 +53,17 @@ func newTemplate(origin *snapshot.Reader) (*Template, error) {
 // Resume makes a machine of the template, as the function Resume does. Options.Identities are not looked at. Each machine is a clone:
 // its kernel, if it knows generation IDs, makes random numbers of its own.
 func (t *Template) Resume(ctx context.Context, opts ResumeOptions) (*Machine, error) {
+	shell := makeShell()
+	defer shell.close()
+	return t.resume(ctx, shell, opts)
+}
+
+func (t *Template) resume(ctx context.Context, shell *pendingShell, opts ResumeOptions) (*Machine, error) {
 	if err := t.enter(); err != nil {
 		return nil, err
 	}
 	m := &Machine{template: t, origin: t.origin, base: t.origin, image: t.image}
-	if err := m.resume(ctx, opts); err != nil {
+	if err := m.resume(ctx, shell, opts); err != nil {
 		return nil, errors.Join(fmt.Errorf("resume snapshot %v: %w", t.origin.Header().ID, err), m.Close())
 	}
 	return m, nil

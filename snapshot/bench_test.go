@@ -284,8 +284,8 @@ func fetchAll(b *testing.B, r *Reader, size int64) {
 	wg.Wait()
 }
 
-// bigTables returns a page map of that much memory: full chunks, and in every
-// fourth of them a hole, which makes two extents of it.
+// bigTables returns a page map of that much memory that is not zero: full chunks, each of
+// three runs of pages, with a page of zeros after each run.
 func bigTables(gib int, key string) *bodyTables {
 	const pages = DefaultChunkSize / PageSize
 	t := &bodyTables{}
@@ -298,13 +298,11 @@ func bigTables(gib int, key string) *bodyTables {
 	}
 	for i := range n {
 		// Two workers take turns, so neighbours in the guest are in different packs.
-		e := extent{uint64(i) * pages, pages, i/2 + i%2*(n/2), 0}
-		if i%4 == 0 {
-			e.count = 10
+		e := extent{page: uint64(i) * (pages + 3), chunk: i/2 + i%2*(n/2)}
+		for _, e.count = range []uint32{10, 12, pages - 22} {
 			t.extents = append(t.extents, e)
-			e.page, e.count, e.first = e.page+12, pages-12, 12
+			e.page, e.first = e.page+uint64(e.count)+1, e.first+e.count
 		}
-		t.extents = append(t.extents, e)
 	}
 	return t
 }

@@ -4,8 +4,11 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"encoding/binary"
+	"iter"
+	"runtime"
 	"slices"
 	"strings"
+	"sync"
 )
 
 const (
@@ -73,8 +76,8 @@ func (e extent) continues(p extent) bool {
 }
 
 // chunkTable and extentTable are tables as they are in the body. They are read
-// in place: opening a snapshot builds nothing that grows with the guest's memory
-// but the reverse index.
+// in place: opening a snapshot builds nothing that grows with the guest's memory,
+// and the first Fetch only the reverse index.
 type (
 	chunkTable  []byte
 	extentTable []byte
@@ -136,8 +139,9 @@ type body struct {
 
 	maxStored, maxPages uint32 // of any chunk
 
-	// The extents of chunk c are head[c], next[head[c]], ... until none, ascending.
+	// The extents of chunk c are head[c], next[head[c]], ... until none, ascending, once index has returned.
 	head, next []uint32
+	indexing   sync.Once
 }
 
 const none = ^uint32(0)
@@ -239,10 +243,7 @@ func parseBody(b []byte) (*body, error) {
 	if p.packs, err = parsePacks(b[bodyFixed:chunksAt]); err != nil {
 		return nil, err
 	}
-	if err := p.checkChunks(int(chunksAt)); err != nil {
-		return nil, err
-	}
-	if err := p.indexExtents(int(extentsAt)); err != nil {
+	if err := p.checkTables(int(chunksAt), int(extentsAt)); err != nil {
 		return nil, err
 	}
 	if p.sections, err = parseSections(b, int(sectionsAt), int(sections)); err != nil {
@@ -282,80 +283,191 @@ func parsePacks(b []byte) ([]packRecord, error) {
 	return packs, nil
 }
 
-// checkChunks checks the chunk table, which starts at byte base of the body:
-// ordered by pack and offset, without overlaps, inside the packs, every pack used.
-func (p *body) checkChunks(base int) error {
-	pack, end := -1, uint64(0)
-	for i := range p.chunks.len() {
+// share is how many records of a table are worth a goroutine: a tenth of a millisecond.
+const share = 1 << 14
+
+// shares is how many goroutines are to check n records.
+func shares(n int) int { return max(1, min(runtime.GOMAXPROCS(0), n/share)) }
+
+// checkTables checks the tables of chunks and of extents, which start at bytes chunksAt and extentsAt of the body, in
+// parts and at the same time, as the page map of much memory takes milliseconds.
+func (p *body) checkTables(chunksAt, extentsAt int) error {
+	chunks := make([]chunkCheck, shares(p.chunks.len()))
+	extents := make([]extentCheck, shares(p.extents.len()))
+	var wg sync.WaitGroup
+	for i := range chunks {
+		n := p.chunks.len()
+		wg.Go(func() { chunks[i] = p.checkChunks(chunksAt, n*i/len(chunks), n*(i+1)/len(chunks)) })
+	}
+	for i := range extents {
+		n := p.extents.len()
+		wg.Go(func() { extents[i] = p.checkExtents(extentsAt, n*i/len(extents), n*(i+1)/len(extents)) })
+	}
+	wg.Wait()
+	if err := p.joinChunks(chunks, chunksAt); err != nil {
+		return err
+	}
+	return p.joinExtents(extents, extentsAt)
+}
+
+// chunkCheck is what was found in a part of the chunk table.
+type chunkCheck struct {
+	err                 error
+	maxStored, maxPages uint32
+}
+
+// checkChunks checks chunks from up to to of the table, which starts at byte base of
+// the body: ordered by pack and offset, without overlaps, inside the packs.
+func (p *body) checkChunks(base, from, to int) (found chunkCheck) {
+	pack, end := int64(-1), uint64(0)
+	if from > 0 {
+		before := p.chunks.at(from - 1)
+		pack, end = int64(before.pack), before.offset+uint64(before.length)
+	}
+	if pack >= int64(len(p.packs)) {
+		return found // whoever checks that chunk says so
+	}
+	for i := from; i < to; i++ {
 		c, off := p.chunks.at(i), base+i*chunkRecBytes
-		if int64(c.pack) != int64(pack) {
-			if int64(c.pack) != int64(pack)+1 || int64(c.pack) >= int64(len(p.packs)) {
-				return parseError(ErrFormat, "body", off+8, "chunk %d is in pack %d of %d, out of order", i, c.pack, len(p.packs))
+		if int64(c.pack) != pack {
+			if int64(c.pack) != pack+1 || int64(c.pack) >= int64(len(p.packs)) {
+				found.err = parseError(ErrFormat, "body", off+8, "chunk %d is in pack %d of %d, out of order", i, c.pack, len(p.packs))
+				return found
 			}
-			pack, end = int(c.pack), preambleBytes
+			pack, end = int64(c.pack), preambleBytes
 		}
 		size := p.packs[pack].plainSize
 		if c.offset < end || c.offset > size || uint64(c.length) > size-c.offset {
-			return parseError(ErrFormat, "body", off, "chunk %d overlaps the one before it or leaves its pack", i)
+			found.err = parseError(ErrFormat, "body", off, "chunk %d overlaps the one before it or leaves its pack", i)
+			return found
 		}
 		end = c.offset + uint64(c.length)
 		if err := c.checkSize(); err != nil {
-			return parseError(ErrFormat, "body", off+12, "chunk %d: %v", i, err)
+			found.err = parseError(ErrFormat, "body", off+12, "chunk %d: %v", i, err)
+			return found
 		}
-		p.maxStored, p.maxPages = max(p.maxStored, c.length), max(p.maxPages, c.pages)
+		found.maxStored, found.maxPages = max(found.maxStored, c.length), max(found.maxPages, c.pages)
 	}
-	if pack != len(p.packs)-1 {
-		return parseError(ErrFormat, "body", base, "pack %d holds no chunk", pack+1)
+	return found
+}
+
+// joinChunks is the end of the check of chunks: every pack is used. Of several errors the first counts.
+func (p *body) joinChunks(parts []chunkCheck, base int) error {
+	for _, part := range parts {
+		if part.err != nil {
+			return part.err
+		}
+		p.maxStored, p.maxPages = max(p.maxStored, part.maxStored), max(p.maxPages, part.maxPages)
+	}
+	used := 0
+	if n := p.chunks.len(); n > 0 {
+		used = int(p.chunks.at(n-1).pack) + 1
+	}
+	if used != len(p.packs) {
+		return parseError(ErrFormat, "body", base, "pack %d holds no chunk", used)
 	}
 	return nil
 }
 
-// indexExtents checks the extent table, which starts at byte base of the body
-// (ascending, not overlapping, inside the chunks, nothing that could be one
-// extent given as two, every chunk used), and builds the reverse index.
-func (p *body) indexExtents(base int) error {
-	n := p.extents.len()
-	if uint64(n) >= uint64(none) {
-		return parseError(ErrFormat, "body", 48, "%d extents are too many", n)
-	}
-	p.head, p.next = make([]uint32, p.chunks.len()), make([]uint32, n)
-	for i := range p.head {
-		p.head[i] = none
-	}
-	// Backwards, so that the lists come out ascending.
+// extentCheck is what was found in a part of the extent table.
+type extentCheck struct {
+	err            error
+	mapped, blocks uint64
+	used           []bool // by chunk
+}
+
+// checkExtents checks extents from up to to of the table, which starts at byte base of the body, from the last to the
+// first: ascending, not overlapping, inside the chunks, nothing that could be one extent given as two.
+func (p *body) checkExtents(base, from, to int) extentCheck {
+	used := make([]bool, p.chunks.len())
+	mapped, blocks := uint64(0), uint64(0)
 	after := extent{page: MaxAddress / PageSize, chunk: none}
-	used := 0
-	for i := n - 1; i >= 0; i-- {
+	if to < p.extents.len() {
+		after = p.extents.at(to)
+	}
+	for i := to - 1; i >= from; i-- {
 		e := p.extents.at(i)
 		off := base + i*extentRecBytes
+		var err error
 		switch {
 		case e.count == 0 || e.page > after.page || uint64(e.count) > after.page-e.page:
-			return parseError(ErrFormat, "body", off, "extent %d is empty, or overlaps or follows the next", i)
+			err = parseError(ErrFormat, "body", off, "extent %d is empty, or overlaps or follows the next", i)
 		case e.page/diskPages != (e.end()-1)/diskPages:
-			return parseError(ErrFormat, "body", off, "extent %d is in two address spaces", i)
-		case int64(e.chunk) >= int64(len(p.head)):
-			return parseError(ErrFormat, "body", off+12, "extent %d is in chunk %d of %d", i, e.chunk, len(p.head))
+			err = parseError(ErrFormat, "body", off, "extent %d is in two address spaces", i)
+		case int64(e.chunk) >= int64(len(used)):
+			err = parseError(ErrFormat, "body", off+12, "extent %d is in chunk %d of %d", i, e.chunk, len(used))
 		case after.continues(e):
-			return parseError(ErrFormat, "body", off, "extents %d and %d should be one", i, i+1)
+			err = parseError(ErrFormat, "body", off, "extents %d and %d should be one", i, i+1)
+		case uint64(e.first)+uint64(e.count) > uint64(p.chunks.pages(int(e.chunk))):
+			err = parseError(ErrFormat, "body", off+16, "extent %d leaves its chunk", i)
 		}
-		if pages := p.chunks.pages(int(e.chunk)); e.first >= pages || e.count > pages-e.first {
-			return parseError(ErrFormat, "body", off+16, "extent %d leaves its chunk", i)
+		if err != nil {
+			return extentCheck{err: err}
 		}
-		if p.head[e.chunk] == none {
-			used++
-		}
-		p.next[i], p.head[e.chunk] = p.head[e.chunk], uint32(i)
+		used[e.chunk] = true
 		if e.page < diskPages {
-			p.mapped += uint64(e.count)
+			mapped += uint64(e.count)
 		} else {
-			p.blocks += uint64(e.count)
+			blocks += uint64(e.count)
 		}
 		after = e
 	}
-	if used != len(p.head) {
-		return parseError(ErrFormat, "body", base, "%d chunks hold no page", len(p.head)-used)
+	return extentCheck{mapped: mapped, blocks: blocks, used: used}
+}
+
+// joinExtents is the end of the check of extents: every chunk is used. Of several errors the last counts.
+func (p *body) joinExtents(parts []extentCheck, base int) error {
+	if n := p.extents.len(); uint64(n) >= uint64(none) {
+		return parseError(ErrFormat, "body", 48, "%d extents are too many", n)
+	}
+	used := make([]bool, p.chunks.len())
+	for _, part := range slices.Backward(parts) {
+		if part.err != nil {
+			return part.err
+		}
+		p.mapped, p.blocks = p.mapped+part.mapped, p.blocks+part.blocks
+		for i, u := range part.used {
+			used[i] = used[i] || u
+		}
+	}
+	unused := 0
+	for _, u := range used {
+		if !u {
+			unused++
+		}
+	}
+	if unused != 0 {
+		return parseError(ErrFormat, "body", base, "%d chunks hold no page", unused)
 	}
 	return nil
+}
+
+// index builds the reverse index, once.
+func (p *body) index() {
+	p.indexing.Do(func() {
+		p.head, p.next = make([]uint32, p.chunks.len()), make([]uint32, p.extents.len())
+		for i := range p.head {
+			p.head[i] = none
+		}
+		for i := len(p.next) - 1; i >= 0; i-- { // backwards, so that the lists come out ascending
+			chunk := p.extents.chunk(i)
+			p.next[i], p.head[chunk] = p.head[chunk], uint32(i)
+		}
+	})
+}
+
+// extentsOf yields the extents of a chunk, ascending.
+func (p *body) extentsOf(chunk int64) iter.Seq[extent] {
+	p.index()
+	return func(yield func(extent) bool) {
+		for i := p.head[chunk]; i != none && yield(p.extents.at(int(i))); i = p.next[i] {
+		}
+	}
+}
+
+// chunk is the field of a record that the index needs.
+func (t extentTable) chunk(i int) uint32 {
+	return binary.LittleEndian.Uint32(t[i*extentRecBytes+12:])
 }
 
 // pages is the field of a record that the check of every extent needs.

@@ -141,6 +141,7 @@ func walk(t *testing.T, p *body) {
 		}
 	}
 	total := 0
+	p.index()
 	for c := range p.head {
 		rec := p.chunks.at(c)
 		for i := p.head[c]; i != none; i = p.next[i] {

@@ -157,7 +157,7 @@ func (r *Reader) CheckSections(known func(name string, version uint32) bool) err
 }
 
 // Chunks returns the number of chunks; they are numbered from 0.
-func (r *Reader) Chunks() int64 { return int64(len(r.body.head)) }
+func (r *Reader) Chunks() int64 { return int64(r.body.chunks.len()) }
 
 // Lookup describes the run of guest memory around gpa that has one origin: the
 // chunk that holds it, or chunk < 0 for a run that is known to be zero. start
@@ -240,13 +240,15 @@ func (r *Reader) enter(ctx context.Context) error {
 
 // holdsMemory says whether any guest page is in a chunk.
 func (r *Reader) holdsMemory(chunk int64) bool {
-	return r.body.extents.at(int(r.body.head[chunk])).page < diskPages
+	for e := range r.body.extentsOf(chunk) {
+		return e.page < diskPages
+	}
+	return false
 }
 
 // install hands the guest pages that are taken from a chunk to a caller's function.
 func (r *Reader) install(chunk int64, plain []byte, install func(gpa uint64, pages []byte) error) error {
-	for i := r.body.head[chunk]; i != none; i = r.body.next[i] {
-		e := r.body.extents.at(int(i))
+	for e := range r.body.extentsOf(chunk) {
 		if e.page >= diskPages {
 			break
 		}
@@ -282,8 +284,8 @@ func (r *Reader) Runs(chunk int64) (runs []Range) {
 	if chunk < 0 || chunk >= r.Chunks() {
 		return nil
 	}
-	for i := r.body.head[chunk]; i != none; i = r.body.next[i] {
-		if e := r.body.extents.at(int(i)); e.page < diskPages {
+	for e := range r.body.extentsOf(chunk) {
+		if e.page < diskPages {
 			runs = append(runs, Range{e.page * PageSize, uint64(e.count) * PageSize})
 		}
 	}

@@ -134,8 +134,7 @@ func (v *verifier) lost(i int, chunk int64, first, last int, err error) {
 	b, p := v.r.body, v.r.packs[i]
 	d := Damage{Pack: p.rec.id, Path: p.path, Chunk: chunk, Err: err}
 	for c := first; c < last; c++ {
-		for x := b.head[c]; x != none; x = b.next[x] {
-			e := b.extents.at(int(x))
+		for e := range b.extentsOf(int64(c)) {
 			d.Ranges = append(d.Ranges, Range{e.page * PageSize, uint64(e.count) * PageSize})
 		}
 	}

@@ -23,25 +23,18 @@ import (
 // that lacks what the guest was given (CPUError), too little memory, a missing
 // capability of KVM.
 func Restore(state *State, mem *memory.Memory, hw Hardware) (*VM, error) {
-	vm, err := restore(state, mem, hw)
+	shell, err := NewShell()
 	if err != nil {
 		return nil, errors.Join(err, mem.Close())
 	}
-	return vm, nil
+	return shell.Restore(state, mem, hw)
 }
 
 // CheckHost says whether this host can run the guest of a state, as Restore
 // does, without building anything: before its memory is loaded, say. ErrConfig
 // says that hw does not have the devices that the guest was booted with.
 func CheckHost(state *State, hw Hardware) error {
-	devices, err := rosterOf(state.Devices)
-	if err != nil {
-		return err
-	}
-	if err := hw.matches(devices); err != nil {
-		return err
-	}
-	if err := checkHostMemory(state.Machine.MemoryBytes, hw.AllowOvercommit); err != nil {
+	if err := checkMachine(state, hw); err != nil {
 		return err
 	}
 	sys, err := openKVM(kvm.DevicePath)
@@ -53,35 +46,28 @@ func CheckHost(state *State, hw Hardware) error {
 	if err != nil {
 		return err
 	}
+	return checkCPUs(state, supported)
+}
+
+// checkMachine is the part of CheckHost that needs no KVM.
+func checkMachine(state *State, hw Hardware) error {
+	devices, err := rosterOf(state.Devices)
+	if err != nil {
+		return err
+	}
+	if err := hw.matches(devices); err != nil {
+		return err
+	}
+	return checkHostMemory(state.Machine.MemoryBytes, hw.AllowOvercommit)
+}
+
+func checkCPUs(state *State, supported []CPUIDEntry) error {
 	for i := range state.VCPUs {
 		if err := checkCPU(state.VCPUs[i].CPUID, supported); err != nil {
 			return err
 		}
 	}
 	return nil
-}
-
-func restore(state *State, mem *memory.Memory, hw Hardware) (*VM, error) {
-	if err := state.check(mem); err != nil {
-		return nil, err
-	}
-	if err := CheckHost(state, hw); err != nil {
-		return nil, err
-	}
-	devices, err := rosterOf(state.Devices)
-	if err != nil {
-		return nil, err
-	}
-	vm, err := newVM(mem, len(state.VCPUs), hw, devices)
-	if err != nil {
-		return nil, err
-	}
-	if err := vm.restore(state); err != nil {
-		return nil, errors.Join(err, vm.release())
-	}
-	vm.phase = phasePaused
-	vm.begin()
-	return vm, nil
 }
 
 func (s *State) check(mem *memory.Memory) error {

@@ -25,6 +25,15 @@ func Restore(*State, *memory.Memory, Hardware) (*VM, error) { return nil, ErrNot
 // CheckHost returns ErrNotSupported on this system.
 func CheckHost(*State, Hardware) error { return ErrNotSupported }
 
+// Shell is what a virtual machine is made in; there are none on this system.
+type Shell struct{}
+
+// NewShell returns ErrNotSupported on this system, as these do.
+func NewShell() (*Shell, error)                                      { return nil, ErrNotSupported }
+func (*Shell) CheckHost(*State, Hardware) error                      { return ErrNotSupported }
+func (*Shell) Restore(*State, *memory.Memory, Hardware) (*VM, error) { return nil, ErrNotSupported }
+func (*Shell) Close() error                                          { return nil }
+
 // OpenTap returns ErrNotSupported on this system.
 func OpenTap(string) (*os.File, error) { return nil, ErrNotSupported }
 
