@@ -72,3 +72,27 @@ func TestTemplate(t *testing.T) {
 		closeMachine(t, m)
 	}
 }
+
+// TestReclaim: what a guest has rewritten is not held twice; and what it has is right, also in the next snapshot.
+func TestReclaim(t *testing.T) {
+	checkLeaks(t)
+	g := newGuest(t, testvm.WorkerConfig{Memory: 16 << 20, WorkingSet: 4 << 20})
+	m := g.boot(t, testvm.NoLimit)
+	g.work(t, m, 5)
+	if n, err := m.Reclaim(t.Context()); n != 0 || err != nil {
+		t.Errorf("a machine that was booted: %d, %v", n, err)
+	}
+	for range 2 {
+		id := g.pause(t, m).ID
+		closeMachine(t, m)
+		m = g.resume(t, id, false, testvm.NoLimit)
+		g.work(t, m, 200)
+		freed, err := m.Reclaim(t.Context())
+		if err != nil || freed == 0 {
+			t.Errorf("%d bytes reclaimed, %v", freed, err)
+		}
+		g.work(t, m, 20)
+		g.compare(t, m)
+		g.device.SetLimit(testvm.NoLimit)
+	}
+}
