@@ -21,8 +21,9 @@ import (
 const escapeKey = 0x1d
 
 const consoleHelp = `The guest's first serial port is this terminal. Ctrl-] begins a command: p pauses
-the guest to a snapshot and ends, q ends without one, Ctrl-] sends itself. SIGTERM and
-SIGUSR1 pause to a snapshot too; SIGINT and SIGHUP end the guest without one.`
+the guest to a snapshot and ends, c stores it as it is and lets it run on, q ends without a
+snapshot, Ctrl-] sends itself. SIGTERM and SIGUSR1 pause to a snapshot too; SIGINT and SIGHUP
+end the guest without one.`
 
 // guestFlags are the flags of verbs that run a guest in the foreground.
 type guestFlags struct {
@@ -77,9 +78,15 @@ func (f *foreground) run(ctx context.Context, m *lifecycle.Machine) error {
 			return ctx.Err()
 		case <-pause:
 		case key := <-f.console.commands:
-			if key == 'q' {
+			switch key {
+			case 'q':
 				f.say("ended without a snapshot")
 				return nil
+			case 'c':
+				if err := f.checkpoint(ctx, m); err != nil {
+					f.say("%v", err)
+				}
+				continue
 			}
 		}
 		err := f.pause(ctx, m)
@@ -106,19 +113,37 @@ func (f *foreground) finish(m *lifecycle.Machine, started error) error {
 	return err
 }
 
-// pause stores the guest. On an error it runs on.
-func (f *foreground) pause(ctx context.Context, m *lifecycle.Machine) error {
+// store stores the guest by one of the machine's methods, which goes by a name.
+func (f *foreground) store(
+	ctx context.Context, name string,
+	do func(context.Context, *snapshot.Store, lifecycle.PauseOptions) (lifecycle.Paused, error),
+) (*snapshot.Store, lifecycle.Paused, error) {
 	to, err := f.flags.keys.encryptTo()
 	if err != nil {
-		return err
+		return nil, lifecycle.Paused{}, err
 	}
 	store, err := f.flags.store.open()
 	if err != nil {
-		return err
+		return nil, lifecycle.Paused{}, err
 	}
-	bar := newProgress(f.cmd.ErrOrStderr(), "pausing")
-	p, err := m.Pause(ctx, store, lifecycle.PauseOptions{Recipients: to, Progress: bar.update})
-	bar.finish()
+	bar := newProgress(f.cmd.ErrOrStderr(), name)
+	defer bar.finish()
+	p, err := do(ctx, store, lifecycle.PauseOptions{Recipients: to, Progress: bar.update})
+	return store, p, err
+}
+
+// checkpoint stores the guest, which runs on.
+func (f *foreground) checkpoint(ctx context.Context, m *lifecycle.Machine) error {
+	store, p, err := f.store(ctx, "storing", m.Checkpoint)
+	if err == nil {
+		f.say("stood still for %.1f ms, stored in %.2f s to %s", p.Freeze.Seconds()*1000, p.Total.Seconds(), store.ManifestPath(p.ID))
+	}
+	return err
+}
+
+// pause stores the guest. On an error it runs on.
+func (f *foreground) pause(ctx context.Context, m *lifecycle.Machine) error {
+	store, p, err := f.store(ctx, "pausing", m.Pause)
 	if err != nil {
 		return err
 	}
@@ -193,7 +218,7 @@ func (c *console) filter(b []byte) int {
 		switch {
 		case c.escaped && key != escapeKey:
 			c.escaped = false
-			if key == 'p' || key == 'q' {
+			if key == 'p' || key == 'c' || key == 'q' {
 				select {
 				case c.commands <- key:
 				default: // one is waiting already
@@ -261,8 +286,9 @@ func runGuest(cmd *cobra.Command, flags *guestFlags, boot *bootFlags) error {
 
 func newResumeCommand() *cobra.Command {
 	var (
-		flags guestFlags
-		eager bool
+		flags    guestFlags
+		eager    bool
+		prefetch string
 	)
 	cmd := &cobra.Command{
 		Use:   "resume SNAPSHOT",
@@ -279,16 +305,34 @@ func newResumeCommand() *cobra.Command {
 				return err
 			}
 			flags.store.dir = store.Dir() // pauses go where the snapshot is: they are diffs of it
-			return resumeGuest(cmd, &flags, store, id, eager)
+			opts := lifecycle.ResumeOptions{Eager: eager}
+			if opts.Prefetch, err = parsePrefetch(prefetch); err != nil {
+				return err
+			}
+			return resumeGuest(cmd, &flags, store, id, opts)
 		},
 	}
 	flags.add(cmd)
 	flags.devices.addResume(cmd)
 	cmd.Flags().BoolVar(&eager, "eager", false, "load all of the memory first (works without userfaultfd)")
+	cmd.Flags().StringVar(&prefetch, "prefetch", "working-set",
+		"what to load before the guest asks: working-set (what it touched after the last resume), all, or none")
 	return cmd
 }
 
-func resumeGuest(cmd *cobra.Command, flags *guestFlags, store *snapshot.Store, id snapshot.ID, eager bool) error {
+func parsePrefetch(s string) (lifecycle.Prefetch, error) {
+	switch s {
+	case "working-set":
+		return lifecycle.PrefetchWorkingSet, nil
+	case "all":
+		return lifecycle.PrefetchAll, nil
+	case "none":
+		return lifecycle.PrefetchNone, nil
+	}
+	return 0, fmt.Errorf("--prefetch %q: say working-set, all or none", s)
+}
+
+func resumeGuest(cmd *cobra.Command, flags *guestFlags, store *snapshot.Store, id snapshot.ID, opts lifecycle.ResumeOptions) error {
 	ids, err := flags.keys.identities()
 	if err != nil {
 		return err
@@ -307,7 +351,7 @@ func resumeGuest(cmd *cobra.Command, flags *guestFlags, store *snapshot.Store, i
 		return errors.Join(err, flags.devices.close())
 	}
 	bar := newProgress(cmd.ErrOrStderr(), "loading")
-	opts := lifecycle.ResumeOptions{Identities: ids, Hardware: hw, Disks: disks, Eager: eager, Progress: bar.update}
+	opts.Identities, opts.Hardware, opts.Disks, opts.Progress = ids, hw, disks, bar.update
 	m, err := lifecycle.Resume(cmd.Context(), store, id, opts)
 	if errors.Is(err, vmm.ErrNoUserfaultfd) {
 		f.say("%v; loading all of the memory first", err)
