@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"slices"
+
+	"golang.org/x/sync/errgroup"
 )
 
 const (
@@ -36,14 +38,68 @@ func (r *Reader) FetchBatch(ctx context.Context, chunks []int64, install func(gp
 		return err
 	}
 	defer r.open.RUnlock()
+	ahead := readAhead{packs: r.packs, spans: spans}
+	if c := r.source.cache; c != nil {
+		ahead.requests = cap(c.slots)
+		if err := ahead.openPacks(); err != nil {
+			return err
+		}
+	}
+	defer ahead.end()
 	buf := r.batches.Get().(*fetchBuffers)
 	defer r.batches.Put(buf)
 	for i := range spans {
+		ahead.move(i)
 		if err := r.fetchSpan(ctx, &spans[i], buf, install); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// readAhead keeps requests for the next spans of a batch under way.
+type readAhead struct {
+	packs    []*packReader
+	spans    []span
+	requests int      // to keep under way: none if the packs are near
+	held     []func() // release what the first spans have asked for
+	done     int      // of held, have been called
+}
+
+// openPacks opens the packs of all spans, at the same time.
+func (a *readAhead) openPacks() error {
+	var g errgroup.Group
+	g.SetLimit(a.requests)
+	for i, s := range a.spans {
+		if i > 0 && a.spans[i-1].pack == s.pack {
+			continue
+		}
+		g.Go(func() error {
+			_, err := a.packs[s.pack].open()
+			return err
+		})
+	}
+	return g.Wait()
+}
+
+// move releases what was needed before span i, and asks for what is needed from it on.
+func (a *readAhead) move(i int) {
+	for ; a.done < min(i, len(a.held)); a.done++ {
+		a.held[a.done]()
+	}
+	if a.requests == 0 {
+		return
+	}
+	for len(a.held) < min(i+a.requests, len(a.spans)) {
+		s := &a.spans[len(a.held)]
+		a.held = append(a.held, a.packs[s.pack].ask(s.from, s.to))
+	}
+}
+
+// end releases what is left, when the requests that are still under way have been answered.
+func (a *readAhead) end() {
+	a.requests = 0
+	a.move(len(a.spans))
 }
 
 // plan groups chunks into what is read at once.
@@ -62,7 +118,7 @@ func (r *Reader) plan(chunks []int64) ([]span, error) {
 	var spans []span
 	for i, c := range order {
 		rec := r.body.chunks.at(int(c))
-		if n := len(spans); n > 0 && spans[n-1].takes(rec) {
+		if n := len(spans); n > 0 && r.source.joins(&spans[n-1], rec) {
 			s := &spans[n-1]
 			s.to = rec.end()
 			s.chunks = s.chunks[:len(s.chunks)+1] // the next of order
@@ -73,9 +129,9 @@ func (r *Reader) plan(chunks []int64) ([]span, error) {
 	return spans, nil
 }
 
-// takes says whether a chunk, behind all that s has, is read together with them.
-func (s *span) takes(c chunkRecord) bool {
-	return c.pack == s.pack && c.offset-s.to <= batchGap && c.end()-s.from <= batchBytes
+// joins says whether a chunk, behind all that a span has, is read together with them.
+func (s *source) joins(a *span, c chunkRecord) bool {
+	return c.pack == a.pack && c.offset-a.to <= s.spanGap() && c.end()-a.from <= s.spanBytes()
 }
 
 // fetchSpan reads a span, and decodes and installs its chunks.

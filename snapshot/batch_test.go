@@ -134,19 +134,44 @@ func TestFetchBatches(t *testing.T) {
 	}
 }
 
-// all are the numbers of all chunks, in random order.
-func (r *Reader) all(rnd *rand.Rand) []int64 {
+// all are the numbers of all chunks.
+func (r *Reader) all() []int64 {
 	chunks := make([]int64, r.Chunks())
 	for i := range chunks {
 		chunks[i] = int64(i)
 	}
+	return chunks
+}
+
+// shuffled are the numbers of all chunks, in random order.
+func (r *Reader) shuffled(rnd *rand.Rand) []int64 {
+	chunks := r.all()
 	rnd.Shuffle(len(chunks), func(i, j int) { chunks[i], chunks[j] = chunks[j], chunks[i] })
 	return chunks
 }
 
+// TestFetchBatchOfDisks: what holds no memory is not even read.
+func TestFetchBatchOfDisks(t *testing.T) {
+	_, _, r := family(t)
+	var disks []int64
+	for c := range r.Chunks() {
+		if !r.holdsMemory(c) {
+			disks = append(disks, c)
+		}
+	}
+	for _, p := range r.packs {
+		if err := os.Remove(p.path); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := r.FetchBatch(t.Context(), disks, nop); err != nil || len(disks) == 0 {
+		t.Errorf("%d chunks: %v", len(disks), err)
+	}
+}
+
 func TestFetchBatchErrors(t *testing.T) {
 	_, _, r := family(t)
-	all := r.all(testRand(t))
+	all := r.shuffled(testRand(t))
 	calls := 0
 	count := func(uint64, []byte) error { calls++; return nil }
 	for _, c := range []int64{-1, r.Chunks()} {
@@ -190,8 +215,8 @@ func TestFetchBatchErrors(t *testing.T) {
 // TestFetchBatchDamaged: what is damaged is not installed, and the error names the pack.
 func TestFetchBatchDamaged(t *testing.T) {
 	l, g, r := family(t)
-	all := r.all(testRand(t))
-	for i, p := range r.packs {
+	all := r.shuffled(testRand(t))
+	for i, p := range r.memoryPacks() {
 		good := readFile(t, p.path)
 		for name, bad := range map[string][]byte{"bit": flipped(good), "cut": good[:len(good)/2], "missing": nil} {
 			r.reopen()
@@ -215,6 +240,18 @@ func TestFetchBatchDamaged(t *testing.T) {
 		writeFile(t, p.path, good)
 	}
 	l.check(r.reopen(), g)
+}
+
+// memoryPacks are the packs that a Fetch of everything needs.
+func (r *Reader) memoryPacks() []*packReader {
+	var packs []*packReader
+	for c := range r.Chunks() {
+		p := r.packs[r.body.chunks.at(int(c)).pack]
+		if n := len(packs); r.holdsMemory(c) && (n == 0 || packs[n-1] != p) {
+			packs = append(packs, p)
+		}
+	}
+	return packs
 }
 
 // flipped is b with a bit changed in each segment of age.

@@ -284,6 +284,71 @@ func fetchAll(b *testing.B, r *Reader, size int64) {
 	wg.Wait()
 }
 
+// BenchmarkRemote reads from a store that takes 20 ms to answer and has no other limit: opens a snapshot of 1 GiB, and
+// fetches a working set of 256 MiB, runs of chunks in random order, from two goroutines.
+func BenchmarkRemote(b *testing.B) {
+	mem := corpus(b, 1<<30)
+	l := &lab{key: newKey(b), t: b}
+	var err error
+	if l.Store, err = OpenStore(benchDir(b)); err != nil {
+		b.Fatal(err)
+	}
+	id := writeFull(b, l.Store, l.key, mem, Options{}).ID
+	batches := func(r *Reader, chunks []int64) error { return r.FetchBatch(b.Context(), chunks, nop) }
+	for name, fetch := range map[string]func(r *Reader, chunks []int64) error{
+		"open":       nil,
+		"batches":    batches,
+		"one by one": fetchEach,
+	} {
+		b.Run(name, func(b *testing.B) {
+			far := l.far(20 * time.Millisecond)
+			for b.Loop() {
+				r, err := OpenFrom(b.Context(), far, id, OpenOptions{}, l.key)
+				if err != nil {
+					b.Fatal(err)
+				}
+				if fetch != nil {
+					halves(b, r, fetch)
+				}
+				r.Close()
+			}
+			b.ReportMetric(float64(far.requests.Load())/float64(b.N), "requests")
+			b.ReportMetric(float64(far.bytes.Load())/float64(b.N)/(1<<20), "MiB")
+		})
+	}
+}
+
+func fetchEach(r *Reader, chunks []int64) error {
+	for _, c := range chunks {
+		if err := r.Fetch(context.Background(), c, nop); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// halves has two goroutines fetch half a working set each.
+func halves(b *testing.B, r *Reader, fetch func(*Reader, []int64) error) {
+	const chunks = 256 << 20 / DefaultChunkSize
+	rnd := rand.New(rand.NewPCG(5, 6))
+	var set []int64
+	for len(set) < chunks {
+		first := rnd.Int64N(r.Chunks() - 32)
+		for n := range 1 + rnd.Int64N(32) {
+			set = append(set, first+n)
+		}
+	}
+	var wg sync.WaitGroup
+	for _, half := range [][]int64{set[:len(set)/2], set[len(set)/2:]} {
+		wg.Go(func() {
+			if err := fetch(r, half); err != nil {
+				b.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+}
+
 // bigTables returns a page map of that much memory that is not zero: full chunks, each of
 // three runs of pages, with a page of zeros after each run.
 func bigTables(gib int, key string) *bodyTables {

@@ -173,7 +173,7 @@ func TestPacksSwapped(t *testing.T) {
 	} {
 		writeFile(t, a, other)
 		// Whatever the sizes are, the contents must give it away.
-		p := &packReader{rec: r.packs[0].rec, path: a}
+		p := newPackReader(r.source, r.packs[0].rec)
 		p.rec.fileSize, p.rec.plainSize = uint64(len(other)), r.packs[1].rec.plainSize
 		_, err := p.open()
 		if err == nil {

@@ -1,6 +1,7 @@
 package snapshot
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -50,6 +51,20 @@ func (e *FileError) Error() string {
 // Unwrap returns the cause.
 func (e *FileError) Unwrap() error { return e.Err }
 
+// Temporary reports whether the same call may succeed later: it was the storage that failed, and neither the data, the
+// key nor the caller.
+func (e *FileError) Temporary() bool {
+	for _, final := range []error{
+		ErrFormat, ErrVersion, ErrCorrupt, ErrKey, ErrNotFound, ErrExists, ErrInvalid, ErrClosed,
+		fs.ErrNotExist, fs.ErrPermission, context.Canceled,
+	} {
+		if errors.Is(e.Err, final) {
+			return false
+		}
+	}
+	return true
+}
+
 // ParseError says which rule of the format some bytes break, and where.
 type ParseError struct {
 	Part   string // "header", "body", "pack" or "chunk"
@@ -83,10 +98,20 @@ func decryptError(err error) error {
 	if ie := (*identityError)(nil); errors.As(err, &ie) {
 		return fmt.Errorf("%w: %w", ErrKey, ie.error)
 	}
-	if pe := (*fs.PathError)(nil); errors.As(err, &pe) {
+	if isStorage(err) {
 		return err
 	}
 	return fmt.Errorf("%w: %w", ErrCorrupt, err)
+}
+
+// storageError is an error of a Blob: nothing is known of the data.
+type storageError struct{ error }
+
+func (e *storageError) Unwrap() error { return e.error }
+
+func isStorage(err error) bool {
+	se := (*storageError)(nil)
+	return errors.As(err, &se)
 }
 
 func isKey(err error) bool { return errors.Is(err, ErrKey) }

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"io"
 	"math"
@@ -192,7 +191,7 @@ func headerDigest(b []byte) []byte { return b[len(b)-digestBytes:] }
 func readHeader(r io.ReaderAt) (*Header, []byte, error) {
 	prefix := make([]byte, headerPrefix)
 	n, err := r.ReadAt(prefix, 0)
-	if n < len(prefix) && err != nil && !errors.Is(err, io.EOF) {
+	if n < len(prefix) && isStorage(err) {
 		return nil, nil, err
 	}
 	size, _, err := parsePrefix(prefix[:n])
@@ -201,7 +200,7 @@ func readHeader(r io.ReaderAt) (*Header, []byte, error) {
 	}
 	b := make([]byte, size) // at most 1 MiB
 	n, err = r.ReadAt(b, 0)
-	if n < len(b) && err != nil && !errors.Is(err, io.EOF) {
+	if n < len(b) && isStorage(err) {
 		return nil, nil, err
 	}
 	h, err := parseHeader(b[:n])

@@ -216,10 +216,8 @@ func (l *lab) check(r *Reader, g *guest) {
 // checkBatch compares what one batch of everything installs.
 func (l *lab) checkBatch(r *Reader, g *guest) {
 	l.t.Helper()
-	all := make([]int64, r.Chunks())
-	for i := range all {
-		all[i] = r.Chunks() - 1 - int64(i)
-	}
+	all := r.all()
+	slices.Reverse(all)
 	pages := 0
 	err := r.FetchBatch(context.Background(), all, func(gpa uint64, b []byte) error {
 		for ; len(b) > 0; gpa, b = gpa+PageSize, b[PageSize:] {

@@ -5,7 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
+	"io/fs"
 	"sync"
 
 	"filippo.io/age"
@@ -100,52 +100,61 @@ func (p *packWriter) finish() error {
 
 // packReader opens a pack when it is first needed, and once.
 type packReader struct {
-	rec  packRecord
-	path string
+	rec    packRecord
+	source *source
+	name   string // in the source
+	path   string // the same for messages
 
-	mu    sync.Mutex
-	file  *os.File
-	plain io.ReaderAt
+	mu     sync.Mutex
+	opened *openPack
 }
 
-// open returns the pack's plaintext. An error is not kept: what failed for a
-// lack of descriptors may work the next time.
-func (p *packReader) open() (io.ReaderAt, error) {
+type openPack struct {
+	blob  *sourceBlob
+	plain io.ReaderAt // what age makes of it
+}
+
+func newPackReader(s *source, rec packRecord) *packReader {
+	name := packName(rec.id)
+	return &packReader{rec: rec, source: s, name: name, path: s.path(name)}
+}
+
+// open opens the pack. An error is not kept: what failed for a lack of descriptors may work the next time.
+func (p *packReader) open() (*openPack, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.plain != nil {
-		return p.plain, nil
+	if p.opened != nil {
+		return p.opened, nil
 	}
-	file, err := os.Open(p.path)
+	blob, err := p.source.open(p.name)
 	if err != nil {
-		if os.IsNotExist(err) {
+		if errors.Is(err, fs.ErrNotExist) {
 			err = fmt.Errorf("%w: a pack is missing: %w", ErrCorrupt, err)
 		}
 		return nil, &FileError{Op: "open pack", Path: p.path, Offset: -1, Err: err}
 	}
-	plain, err := p.unseal(file)
+	plain, err := p.unseal(blob)
 	if err != nil {
-		file.Close()
+		blob.Close()
 		return nil, &FileError{Op: "open pack", Path: p.path, Offset: -1, Err: err}
 	}
-	p.file, p.plain = file, plain
-	return plain, nil
+	p.opened = &openPack{blob, plain}
+	return p.opened, nil
 }
 
-// unseal checks that file is the pack it should be and returns its plaintext.
-func (p *packReader) unseal(file *os.File) (io.ReaderAt, error) {
-	fi, err := file.Stat()
-	if err != nil {
-		return nil, err
-	}
-	if uint64(fi.Size()) != p.rec.fileSize {
-		return nil, fmt.Errorf("%w: pack has %d bytes, not %d", ErrCorrupt, fi.Size(), p.rec.fileSize)
+// unseal checks that a blob is the pack it should be and returns its plaintext.
+func (p *packReader) unseal(blob *sourceBlob) (io.ReaderAt, error) {
+	if uint64(blob.Size()) != p.rec.fileSize {
+		return nil, fmt.Errorf("%w: pack has %d bytes, not %d", ErrCorrupt, blob.Size(), p.rec.fileSize)
 	}
 	key, err := age.ParseX25519Identity(p.rec.identity)
 	if err != nil {
 		return nil, fmt.Errorf("%w: key of the pack: %w", ErrFormat, err)
 	}
-	plain, size, err := age.DecryptReaderAt(file, fi.Size(), key)
+	// What is needed here is at both ends.
+	first, last := p.rec.sealed(0, preambleBytes), p.rec.sealed(p.rec.plainSize-1, p.rec.plainSize)
+	defer blob.release(blob.ask(fileRange{0, first.to}, last))
+	plain, size, err := age.DecryptReaderAt(blob, blob.Size(), key)
 	if err != nil {
 		return nil, packError(err)
 	}
@@ -159,13 +168,42 @@ func (p *packReader) unseal(file *os.File) (io.ReaderAt, error) {
 	return plain, checkPreamble(b, p.rec.origin, p.rec.id)
 }
 
+// The segments of age, each of which is encrypted by itself.
+const (
+	segmentBytes = 64 << 10
+	segmentTag   = 16 // that follows each in the file
+)
+
+// sealed is where the segments lie in the pack's file that hold [from, to) of its plaintext, if the record is right.
+func (p *packRecord) sealed(from, to uint64) fileRange {
+	count := (p.plainSize + segmentBytes - 1) / segmentBytes
+	start := p.fileSize - p.plainSize - count*segmentTag
+	end := start + (to+segmentBytes-1)/segmentBytes*(segmentBytes+segmentTag)
+	return fileRange{
+		from: int64(start + from/segmentBytes*(segmentBytes+segmentTag)),
+		to:   int64(min(end, p.fileSize)),
+	}
+}
+
+// ask has what holds [from, to) of the plaintext read ahead. The result ends that. Errors come when it is read.
+func (p *packReader) ask(from, to uint64) (release func()) {
+	o, err := p.open()
+	if err != nil {
+		return func() {}
+	}
+	windows := o.blob.ask(p.rec.sealed(from, to))
+	return func() { o.blob.release(windows) }
+}
+
 // readAt fills b from the pack's plaintext.
 func (p *packReader) readAt(b []byte, off uint64) error {
-	plain, err := p.open()
+	o, err := p.open()
 	if err != nil {
 		return err
 	}
-	n, err := plain.ReadAt(b, int64(off))
+	// age reads one segment after the other.
+	defer o.blob.release(o.blob.askAround(p.rec.sealed(off, off+uint64(len(b)))))
+	n, err := o.plain.ReadAt(b, int64(off))
 	if n == len(b) {
 		return nil // an io.ReaderAt may return io.EOF together with the last byte
 	}
@@ -175,11 +213,11 @@ func (p *packReader) readAt(b []byte, off uint64) error {
 func (p *packReader) close() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.file == nil {
+	if p.opened == nil {
 		return nil
 	}
-	err := p.file.Close()
-	p.file, p.plain = nil, nil
+	err := p.opened.blob.Close()
+	p.opened = nil
 	return err
 }
 

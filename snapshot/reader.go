@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"math"
-	"os"
 	"runtime"
 	"slices"
 	"sort"
@@ -18,7 +17,7 @@ import (
 // Reader reads one snapshot. All methods may be called from any number of
 // goroutines.
 type Reader struct {
-	store  *Store
+	source *source
 	header *Header
 	body   *body
 	size   uint64 // of the manifest file
@@ -37,7 +36,7 @@ type Reader struct {
 type fetchBuffers struct{ stored, plain []byte }
 
 // newReader reads, decrypts and checks the manifest in f.
-func newReader(s *Store, f *os.File, id ID, identities []age.Identity) (*Reader, error) {
+func newReader(s *source, f *sourceBlob, id ID, identities []age.Identity) (*Reader, error) {
 	h, raw, err := readHeader(f)
 	if err != nil {
 		return nil, err
@@ -45,11 +44,7 @@ func newReader(s *Store, f *os.File, id ID, identities []age.Identity) (*Reader,
 	if h.ID != id {
 		return nil, parseError(ErrCorrupt, "header", 20, "is that of snapshot %v", h.ID)
 	}
-	fi, err := f.Stat()
-	if err != nil {
-		return nil, err
-	}
-	plain, err := decryptBody(f, int64(len(raw)), fi.Size(), identities)
+	plain, err := decryptBody(f, int64(len(raw)), f.Size(), identities)
 	if err != nil {
 		return nil, err
 	}
@@ -60,20 +55,20 @@ func newReader(s *Store, f *os.File, id ID, identities []age.Identity) (*Reader,
 	if err := b.checkHeader(h, raw); err != nil {
 		return nil, err
 	}
-	return s.reader(h, b, uint64(fi.Size())), nil
+	return s.reader(h, b, uint64(f.Size())), nil
 }
 
 // reader makes a Reader of a header and a body that belong together. size is that of the manifest.
-func (s *Store) reader(h *Header, b *body, size uint64) *Reader {
-	r := &Reader{store: s, header: h, body: b, size: size}
+func (s *source) reader(h *Header, b *body, size uint64) *Reader {
+	r := &Reader{source: s, header: h, body: b, size: size}
 	for _, p := range b.packs {
-		r.packs = append(r.packs, &packReader{rec: p, path: s.PackPath(p.id)})
+		r.packs = append(r.packs, newPackReader(s, p))
 	}
 	r.buffers.New = func() any {
 		return &fetchBuffers{make([]byte, b.maxStored), make([]byte, int(b.maxPages)*PageSize)}
 	}
 	r.batches.New = func() any {
-		return &fetchBuffers{make([]byte, max(b.maxStored, batchBytes)), make([]byte, int(b.maxPages)*PageSize)}
+		return &fetchBuffers{make([]byte, max(uint64(b.maxStored), s.spanBytes())), make([]byte, int(b.maxPages)*PageSize)}
 	}
 	return r
 }
@@ -126,7 +121,7 @@ func (r *Reader) Header() Header { return r.header.clone() }
 
 // Entry returns the header and the manifest's place and size.
 func (r *Reader) Entry() Entry {
-	return Entry{Header: r.Header(), Path: r.store.ManifestPath(r.header.ID), ManifestBytes: r.size}
+	return Entry{Header: r.Header(), Path: r.source.path(manifestName(r.header.ID)), ManifestBytes: r.size}
 }
 
 // Sections returns all sections, ordered by name. The caller must not change Data.

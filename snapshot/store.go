@@ -62,12 +62,17 @@ func (s *Store) manifests() string { return filepath.Join(s.dir, manifestDir) }
 func (s *Store) packs() string     { return filepath.Join(s.dir, packDir) }
 
 // PackPath returns the name of pack id, which need not exist.
-func (s *Store) PackPath(id ID) string { return filepath.Join(s.packs(), id.String()+packExt) }
+func (s *Store) PackPath(id ID) string { return dirBlobs(s.dir).path(packName(id)) }
 
 // ManifestPath returns the name of the manifest of snapshot id, which need not exist.
-func (s *Store) ManifestPath(id ID) string {
-	return filepath.Join(s.manifests(), id.String()+manifestExt)
-}
+func (s *Store) ManifestPath(id ID) string { return dirBlobs(s.dir).path(manifestName(id)) }
+
+// packName and manifestName are the names of files in a store, with forward slashes.
+func packName(id ID) string     { return packDir + "/" + id.String() + packExt }
+func manifestName(id ID) string { return manifestDir + "/" + id.String() + manifestExt }
+
+// source is how a Reader reads the store.
+func (s *Store) source() *source { return &source{blobs: dirBlobs(s.dir)} }
 
 // Open opens a snapshot with the first of the identities that fits, and
 // authenticates its manifest. Packs are opened when they are needed.
@@ -78,29 +83,7 @@ func (s *Store) Open(ctx context.Context, id ID, identities ...age.Identity) (*R
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	path := s.ManifestPath(id)
-	f, err := openManifest(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	r, err := newReader(s, f, id, identities)
-	if err != nil {
-		return nil, fileError("open", path, err)
-	}
-	return r, nil
-}
-
-// openManifest opens a manifest; that there is none is ErrNotFound.
-func openManifest(path string) (*os.File, error) {
-	f, err := os.Open(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, &FileError{Op: "open", Path: path, Offset: -1, Err: fmt.Errorf("snapshot %w: %w", ErrNotFound, fs.ErrNotExist)}
-	}
-	if err != nil {
-		return nil, fileError("open", path, err)
-	}
-	return f, nil
+	return s.source().openReader(id, identities)
 }
 
 // fileError wraps err in a FileError, with the offset that a ParseError knows.
@@ -126,7 +109,7 @@ func (e Entry) StoredBytes() uint64 { return e.ManifestBytes + e.PackBytes }
 // therefore unauthenticated. Errors: ErrNotFound, ErrCorrupt, ErrFormat, ErrVersion.
 func (s *Store) Header(id ID) (Entry, error) {
 	path := s.ManifestPath(id)
-	f, err := openManifest(path)
+	f, err := s.source().openManifest(id)
 	if err != nil {
 		return Entry{}, err
 	}
@@ -138,11 +121,7 @@ func (s *Store) Header(id ID) (Entry, error) {
 	if err != nil {
 		return Entry{}, fileError("read", path, err)
 	}
-	fi, err := f.Stat()
-	if err != nil {
-		return Entry{}, fileError("read", path, err)
-	}
-	return Entry{Header: *h, Path: path, ManifestBytes: uint64(fi.Size())}, nil
+	return Entry{Header: *h, Path: path, ManifestBytes: uint64(f.Size())}, nil
 }
 
 // List returns all snapshots, in the order of their ids. Manifests whose header

@@ -117,8 +117,8 @@ func (s *Store) Create(ctx context.Context, opts Options) (*Writer, error) {
 	if err := opts.complete(); err != nil {
 		return nil, err
 	}
-	if opts.Parent != nil && opts.Parent.store.dir != s.dir {
-		return nil, fmt.Errorf("%w: parent is in store %s, not %s", ErrInvalid, opts.Parent.store.dir, s.dir)
+	if opts.Parent != nil && opts.Parent.source.blobs != Blobs(dirBlobs(s.dir)) {
+		return nil, fmt.Errorf("%w: the parent, %s, is not in store %s", ErrInvalid, opts.Parent.Entry().Path, s.dir)
 	}
 	key, err := age.GenerateX25519Identity()
 	if err != nil {
@@ -422,7 +422,7 @@ func (w *Writer) Reader() (*Reader, error) {
 	if err != nil {
 		return nil, err
 	}
-	return w.store.reader(w.header, b, w.info.StoredBytes-w.header.PackBytes), nil
+	return w.store.source().reader(w.header, b, w.info.StoredBytes-w.header.PackBytes), nil
 }
 
 // Abort ends the Writer and removes everything that it wrote. After Commit has
