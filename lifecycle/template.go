@@ -35,14 +35,16 @@ func Open(ctx context.Context, store *snapshot.Store, id snapshot.ID, identities
 	if err != nil {
 		return nil, err
 	}
-	t, err := newTemplate(origin)
+	t, err := NewTemplate(origin)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open snapshot %v: %w", id, err), origin.Close())
 	}
 	return t, nil
 }
 
-func newTemplate(origin *snapshot.Reader) (*Template, error) {
+// NewTemplate is Open for a snapshot that has been opened already, from an object store by snapshot.OpenFrom, say. If it
+// succeeds, the template closes the reader. A pause of a machine whose snapshot does not lie in the store of the pause must be full.
+func NewTemplate(origin *snapshot.Reader) (*Template, error) {
 	state, err := readState(origin)
 	if err != nil {
 		return nil, err

@@ -4,6 +4,8 @@ package lifecycle_test
 
 import (
 	"errors"
+	"os"
+	"path/filepath"
 	"testing"
 
 	"github.com/cryovisor/cryovisor/internal/testvm"
@@ -95,4 +97,72 @@ func TestReclaim(t *testing.T) {
 		g.compare(t, m)
 		g.device.SetLimit(testvm.NoLimit)
 	}
+}
+
+// storeFiles are a store's, as an object store has them.
+type storeFiles struct{ dir string }
+
+func (s storeFiles) Open(name string) (snapshot.Blob, error) {
+	f, err := os.Open(filepath.Join(s.dir, filepath.FromSlash(name)))
+	if err != nil {
+		return nil, err
+	}
+	info, err := f.Stat()
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return storeFile{f, info.Size()}, nil
+}
+
+type storeFile struct {
+	*os.File
+	size int64
+}
+
+func (f storeFile) Size() int64 { return f.size }
+
+// TestTemplateFromElsewhere: a snapshot that lies in no store of ours resumes, and can be stored in one in full.
+func TestTemplateFromElsewhere(t *testing.T) {
+	checkLeaks(t)
+	g := newGuest(t, testvm.WorkerConfig{Memory: 32 << 20})
+	m := g.boot(t, testvm.NoLimit)
+	g.work(t, m, 5)
+	id := g.pause(t, m).ID
+	closeMachine(t, m)
+	r, err := snapshot.OpenFrom(t.Context(), storeFiles{g.store.Dir()}, id, snapshot.OpenOptions{}, g.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tpl, err := lifecycle.NewTemplate(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err = tpl.Resume(t.Context(), lifecycle.ResumeOptions{Hardware: g.hardware(testvm.NoLimit), Prefetch: lifecycle.PrefetchAll})
+	if errors.Is(err, vmm.ErrNoUserfaultfd) {
+		t.Skip(err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { closeMachine(t, m) })
+	if err := errors.Join(tpl.Close(), m.Resume()); err != nil {
+		t.Fatal(err)
+	}
+	g.work(t, m, 20)
+	if _, err := m.Pause(t.Context(), g.store, g.options()); !errors.Is(err, snapshot.ErrInvalid) {
+		t.Errorf("a diff of what is not in the store: %v", err)
+	}
+	opts := g.options()
+	opts.Full = true
+	p, err := m.Pause(t.Context(), g.store, opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	closeMachine(t, m)
+	if err := g.store.Delete(t.Context(), id); err != nil {
+		t.Fatal(err)
+	}
+	m = g.resume(t, p.ID, false, testvm.NoLimit)
+	g.work(t, m, 5)
+	g.compare(t, m)
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"runtime"
-	"sync/atomic"
 
 	"golang.org/x/sync/errgroup"
 )
@@ -35,13 +34,14 @@ func (img *Image) Prefetch(ctx context.Context, chunks []int64, workers int) err
 	}
 	g, ctx := errgroup.WithContext(ctx)
 	for range workers {
-		g.Go(func() error { return img.prefetch(ctx, &chunks) })
+		g.Go(func() error { return img.prefetch(ctx, &chunks, func(uint64) {}) })
 	}
 	return g.Wait()
 }
 
-// prefetch is a worker: it takes from left, under mu, until there is nothing left.
-func (img *Image) prefetch(ctx context.Context, left *[]int64) error {
+// prefetch is a worker: it takes from left, under mu, until there is nothing left, and
+// tells progress how many bytes the image has got so far.
+func (img *Image) prefetch(ctx context.Context, left *[]int64, progress func(bytes uint64)) error {
 	src, batched := img.src.(BatchSource)
 	most := 1
 	if batched {
@@ -63,6 +63,7 @@ func (img *Image) prefetch(ctx context.Context, left *[]int64) error {
 		if err != nil {
 			return err
 		}
+		progress(img.fetched() * PageSize)
 	}
 }
 
@@ -136,23 +137,24 @@ func (img *Image) Populate(ctx context.Context) error {
 // populate tells progress how many bytes have come into the image, from several
 // goroutines.
 func (img *Image) populate(ctx context.Context, progress func(bytes uint64)) error {
-	g, ctx := errgroup.WithContext(ctx)
-	var next atomic.Int64
-	for range runtime.GOMAXPROCS(0) {
-		g.Go(func() error {
-			for chunk := next.Add(1) - 1; chunk < img.src.Chunks(); chunk = next.Add(1) - 1 {
-				if err := img.giveWay(ctx); err != nil {
-					return err
-				}
-				if err := img.get(ctx, chunk, true); err != nil {
-					return err
-				}
-				progress(img.fetched() * PageSize)
-			}
-			return nil
-		})
+	chunks := make([]int64, max(img.src.Chunks(), 0))
+	for i := range chunks {
+		chunks[i] = int64(i)
 	}
-	return g.Wait()
+	left := chunks
+	g, gctx := errgroup.WithContext(ctx)
+	for range runtime.GOMAXPROCS(0) {
+		g.Go(func() error { return img.prefetch(gctx, &left, progress) })
+	}
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	for _, chunk := range chunks { // those that others were fetching
+		if err := img.get(ctx, chunk, true); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // fetched is how many pages have come into the image.
