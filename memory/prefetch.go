@@ -56,7 +56,7 @@ func (img *Image) prefetch(ctx context.Context, left *[]int64) error {
 			return err
 		}
 		if len(chunks) == 1 {
-			err = img.land(flights[0], chunks[0], img.fetch(ctx, chunks[0], true))
+			err = img.land(flights[0], chunks[0], img.fetch(ctx, chunks[0], img.installer(true, nil)))
 		} else {
 			err = img.fetchBatch(ctx, src, chunks, flights)
 		}
@@ -91,7 +91,7 @@ func (img *Image) depart(left *[]int64, most int) (chunks []int64, flights []*fl
 // fetchBatch flies several at once. If that fails, one by one: so the others come
 // through, what may pass is tried again, and the error says which chunk it was.
 func (img *Image) fetchBatch(ctx context.Context, src BatchSource, chunks []int64, flights []*flight) error {
-	install := img.installer(true)
+	install := img.installer(true, nil)
 	batch := sound(func() error { return src.FetchBatch(ctx, chunks, install) })
 	var first error
 	for i, f := range flights {
@@ -103,7 +103,7 @@ func (img *Image) fetchBatch(ctx context.Context, src BatchSource, chunks []int6
 		return first
 	}
 	for _, chunk := range chunks {
-		if err := img.get(ctx, chunk, true); err != nil && first == nil {
+		if err := img.get(ctx, chunk, true, nil); err != nil && first == nil {
 			first = err
 		}
 	}
@@ -144,7 +144,7 @@ func (img *Image) populate(ctx context.Context, progress func(bytes uint64)) err
 				if err := img.giveWay(ctx); err != nil {
 					return err
 				}
-				if err := img.get(ctx, chunk, true); err != nil {
+				if err := img.get(ctx, chunk, true, nil); err != nil {
 					return err
 				}
 				progress(img.fetched() * PageSize)
