@@ -32,11 +32,16 @@ type flight struct {
 // failed because its own caller gave up, or was a prefetch. The error is a
 // *[FetchError], or [ErrClosed].
 func (img *Image) Fetch(ctx context.Context, chunk int64) error {
+	return img.demand(ctx, chunk, nil)
+}
+
+// demand is Fetch; want, if not nil, is what is wanted most of the chunk.
+func (img *Image) demand(ctx context.Context, chunk int64, want *need) error {
 	img.mu.Lock()
 	img.demands++
 	img.mu.Unlock()
 	defer img.served()
-	return img.get(ctx, chunk, false)
+	return img.get(ctx, chunk, false, want)
 }
 
 // served ends a demand. Who gives way to demands hears of it when it was the last.
@@ -50,7 +55,7 @@ func (img *Image) served() {
 }
 
 // get is Fetch; ahead says that nobody has asked for the chunk yet.
-func (img *Image) get(ctx context.Context, chunk int64, ahead bool) error {
+func (img *Image) get(ctx context.Context, chunk int64, ahead bool, want *need) error {
 	if err := img.known(chunk); err != nil {
 		return err
 	}
@@ -60,7 +65,7 @@ func (img *Image) get(ctx context.Context, chunk int64, ahead bool) error {
 			return err
 		}
 		if mine {
-			return img.land(f, chunk, img.fetch(ctx, chunk, ahead))
+			return img.land(f, chunk, img.fetch(ctx, chunk, img.installer(ahead, want)))
 		}
 		select {
 		case <-f.done:
@@ -138,8 +143,7 @@ func (img *Image) land(f *flight, chunk int64, err error) error {
 }
 
 // fetch has the source read a chunk, and tries again what may pass.
-func (img *Image) fetch(ctx context.Context, chunk int64, ahead bool) error {
-	install := img.installer(ahead)
+func (img *Image) fetch(ctx context.Context, chunk int64, install installFunc) error {
 	for attempt := 0; ; attempt++ {
 		err := ctx.Err()
 		if err == nil {
@@ -157,13 +161,36 @@ func (img *Image) fetch(ctx context.Context, chunk int64, ahead bool) error {
 	}
 }
 
-// installer is what a source is given to install pages with.
-func (img *Image) installer(ahead bool) func(gpa uint64, pages []byte) error {
+// A need is a page that a thread waits for. ready is called when it is there, with
+// others around it, and the rest of its chunk is still to come.
+type need struct {
+	gpa   uint64
+	ready func(Range)
+}
+
+// aroundFault is how much comes before the rest of a chunk, aligned: what the kernel
+// maps around a fault, so that the next pages cause none.
+const aroundFault = 64 << 10
+
+// An installFunc is what a source is given to install pages with.
+type installFunc = func(gpa uint64, pages []byte) error
+
+func (img *Image) installer(ahead bool, want *need) installFunc {
 	count := &img.demandPages
 	if ahead {
 		count = &img.aheadPages
 	}
-	return func(gpa uint64, pages []byte) error { return img.install(gpa, pages, count) }
+	return func(gpa uint64, pages []byte) error {
+		if end := gpa + uint64(len(pages)); want != nil && gpa <= want.gpa && want.gpa < end {
+			from := want.gpa &^ (aroundFault - 1)
+			lo, hi := max(gpa, from), min(end, from+aroundFault)
+			if err := img.install(lo, pages[lo-gpa:hi-gpa], count); err != nil {
+				return err
+			}
+			want.ready(Range{GPA: lo, Len: hi - lo})
+		}
+		return img.install(gpa, pages, count)
+	}
 }
 
 // sound calls f, which calls the source, and makes an error of a panic: a machine

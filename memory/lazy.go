@@ -188,7 +188,7 @@ func (m *Memory) Resident(ctx context.Context, gpa uint64, n int) error {
 		if m.resident(page) {
 			continue
 		}
-		if _, err := m.serve(ctx, page*PageSize); err != nil {
+		if _, err := m.serve(ctx, page*PageSize, nil); err != nil {
 			return m.because(err)
 		}
 	}
@@ -196,8 +196,8 @@ func (m *Memory) Resident(ctx context.Context, gpa uint64, n int) error {
 }
 
 // serve makes the page at gpa resident, and neighbours with it: the run is what
-// a waiting thread may now go on with.
-func (m *Memory) serve(ctx context.Context, gpa uint64) (Range, error) {
+// a waiting thread may now go on with. With want, it may go on sooner.
+func (m *Memory) serve(ctx context.Context, gpa uint64, want *need) (Range, error) {
 	run, chunk, err := m.img.lookup(gpa)
 	if err != nil {
 		return Range{}, err
@@ -207,7 +207,7 @@ func (m *Memory) serve(ctx context.Context, gpa uint64) (Range, error) {
 		run = Range{GPA: lo, Len: min(run.End(), gpa&^(zeroWindow-1)+zeroWindow) - lo}
 		return run, m.zero(run)
 	}
-	err = m.img.Fetch(ctx, chunk)
+	err = m.img.demand(ctx, chunk, want)
 	if err == nil && m.img.lacks(chunk, gpa/PageSize) {
 		err = &FetchError{chunk, fmt.Errorf("%w: it did not install GPA %#x", ErrSource, gpa)}
 	}

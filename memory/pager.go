@@ -63,10 +63,13 @@ func (m *Memory) handle(fd *uffd.FD, group *sync.WaitGroup) {
 func (m *Memory) fault(gpa uint64) {
 	start := time.Now()
 	run := Range{GPA: gpa, Len: PageSize}
+	early := func(r Range) {
+		_ = m.lazy.fd.Wake(m.host(r.GPA), uintptr(r.Len)) // who is not woken here is below
+	}
 	var err error
 	if m.resident(gpa / PageSize) {
 		m.stats.wakeOnly.Add(1)
-	} else if run, err = m.serve(m.lazy.ctx, gpa); err != nil {
+	} else if run, err = m.serve(m.lazy.ctx, gpa, &need{gpa, early}); err != nil {
 		m.fail(fmt.Errorf("page fault at GPA %#x: %w", gpa, err))
 		run = Range{GPA: gpa, Len: PageSize}
 		err = m.poison(run)

@@ -56,7 +56,7 @@ func (img *Image) prefetch(ctx context.Context, left *[]int64, progress func(byt
 			return err
 		}
 		if len(chunks) == 1 {
-			err = img.land(flights[0], chunks[0], img.fetch(ctx, chunks[0], true))
+			err = img.land(flights[0], chunks[0], img.fetch(ctx, chunks[0], img.installer(true, nil)))
 		} else {
 			err = img.fetchBatch(ctx, src, chunks, flights)
 		}
@@ -92,7 +92,7 @@ func (img *Image) depart(left *[]int64, most int) (chunks []int64, flights []*fl
 // fetchBatch flies several at once. If that fails, one by one: so the others come
 // through, what may pass is tried again, and the error says which chunk it was.
 func (img *Image) fetchBatch(ctx context.Context, src BatchSource, chunks []int64, flights []*flight) error {
-	install := img.installer(true)
+	install := img.installer(true, nil)
 	batch := sound(func() error { return src.FetchBatch(ctx, chunks, install) })
 	var first error
 	for i, f := range flights {
@@ -104,7 +104,7 @@ func (img *Image) fetchBatch(ctx context.Context, src BatchSource, chunks []int6
 		return first
 	}
 	for _, chunk := range chunks {
-		if err := img.get(ctx, chunk, true); err != nil && first == nil {
+		if err := img.get(ctx, chunk, true, nil); err != nil && first == nil {
 			first = err
 		}
 	}
@@ -150,7 +150,7 @@ func (img *Image) populate(ctx context.Context, progress func(bytes uint64)) err
 		return err
 	}
 	for _, chunk := range chunks { // those that others were fetching
-		if err := img.get(ctx, chunk, true); err != nil {
+		if err := img.get(ctx, chunk, true, nil); err != nil {
 			return err
 		}
 	}

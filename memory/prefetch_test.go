@@ -159,6 +159,47 @@ func TestPrefetchIsExact(t *testing.T) {
 	}
 }
 
+// A halting source stops after it has installed the first run of a chunk.
+type halting struct {
+	*oracle
+	goOn chan struct{}
+}
+
+func (h *halting) Fetch(_ context.Context, chunk int64, install func(uint64, []byte) error) error {
+	for i, r := range h.chunks[chunk] {
+		if i == 1 {
+			<-h.goOn
+		}
+		if err := install(r.gpa, h.bytes(r.gpa, int(r.length))); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// A thread that waits for a page goes on when that is there, before the rest of the
+// chunk is, all of which comes even so.
+func TestFaultGoesOnEarly(t *testing.T) {
+	h := &halting{newOracle(newRand(t), 4*mib, memory.Range{Len: 4 * mib}), make(chan struct{})}
+	i := slices.IndexFunc(inTurn(h.oracle), func(chunk int64) bool { return len(h.chunks[chunk]) > 1 })
+	chunk := inTurn(h.oracle)[i]
+	m := mapImage(t, imageOf(t, h.size, h), memory.MapOptions{})
+	first := h.chunks[chunk][0]
+	last := first.gpa + first.length - page
+	got, err := mustToucher(t, m).load(last, page) // hangs if it waits for all
+	if err != nil || !bytes.Equal(got, h.bytes(last, page)) {
+		t.Fatalf("page %#x is wrong (%v)", last, err)
+	}
+	if n := m.Stats().Faults; n != 0 {
+		t.Errorf("%d faults are over", n)
+	}
+	close(h.goOn)
+	touchRuns(t, m, h.oracle, []int64{chunk})
+	if n := m.Stats().ChunksFetched; n != 1 {
+		t.Errorf("%d chunks were fetched, want 1", n)
+	}
+}
+
 // A prefetch does not begin with anything while somebody waits for a page.
 func TestDemandGoesFirst(t *testing.T) {
 	o := newOracle(newRand(t), 4*mib, memory.Range{Len: 4 * mib})

@@ -14,7 +14,7 @@ type Stats struct {
 	WakeOnly   uint64        // of these: the page was there by the time they were read
 	Prefetched uint64        // of these: the page came, before or while it was waited for, by a prefetch
 	ZeroPages  uint64        // pages of zeros mapped
-	FaultTime  time.Duration // the time that the pager took for all faults
+	FaultTime  time.Duration // the time that the pager took for all faults; the thread may have gone on sooner
 	Slowest    time.Duration // and for the slowest
 	Latency    Latency       // and for each
 
