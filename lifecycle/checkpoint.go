@@ -49,24 +49,28 @@ func (m *Machine) checkpoint(ctx context.Context, store *snapshot.Store, opts Pa
 		err = s.commit(ctx)
 	}
 	if err != nil {
-		return Paused{}, errors.Join(err, s.clear(), m.ledger.end(next))
+		m.ledger.end(next)
+		return Paused{}, errors.Join(err, s.clear())
 	}
 	s.paused.Total = time.Since(began)
-	return s.paused, m.rebase(s.writer, next)
+	m.rebase(s.writer, next)
+	return s.paused, nil
 }
 
-// rebase makes what a Writer has committed the base of the next snapshot.
-func (m *Machine) rebase(w *snapshot.Writer, since *epoch) error {
+// rebase makes what a Writer has committed the base of the next snapshot. If that can't be, the base stays what it was, which costs
+// room and is no reason to fail: the checkpoint is durable.
+func (m *Machine) rebase(w *snapshot.Writer, since *epoch) {
 	r, err := w.Reader()
 	if err != nil {
-		return errors.Join(err, m.ledger.end(since)) // the next is a diff of the base that there is
+		m.ledger.end(since)
+		return
 	}
 	if m.base != nil && m.base != m.origin {
-		err = m.base.Close()
+		_ = m.base.Close() // it has opened no file: nobody reads from it
 	}
 	old := m.baseEpoch
 	m.base, m.baseEpoch = r, since
-	return errors.Join(err, m.ledger.end(old))
+	m.ledger.end(old)
 }
 
 // storeMoment writes the machine as it is at one moment, at which next begins.

@@ -1,7 +1,6 @@
 package lifecycle
 
 import (
-	"errors"
 	"slices"
 	"sync"
 
@@ -103,23 +102,21 @@ func (l *ledger) take(e *epoch) (*changes, error) {
 	return &c, nil
 }
 
-// end ends an epoch, which may be nil.
-func (l *ledger) end(e *epoch) error {
+// end ends an epoch, which may be nil. Where KVM can't be told to note no more, it goes on: that costs the guest something, and
+// is no reason to fail.
+func (l *ledger) end(e *epoch) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	i := slices.Index(l.epochs, e)
 	if i < 0 {
-		return nil
+		return
 	}
 	l.epochs = slices.Delete(l.epochs, i, i+1)
 	if len(l.epochs) > 0 {
-		return nil
+		return
 	}
 	for _, d := range l.disks {
 		d.overlay.TrackWrites(false)
 	}
-	if err := l.vm.TrackDirty(false); !errors.Is(err, vmm.ErrClosed) {
-		return err
-	}
-	return nil
+	_ = l.vm.TrackDirty(false)
 }

@@ -160,7 +160,8 @@ func (s *storing) pause(ctx context.Context, a *attempt, began time.Time) (Pause
 	if err == nil {
 		s.paused.Total = time.Since(began)
 		close(a.released)
-		return s.paused, s.m.ledger.end(s.since)
+		s.m.ledger.end(s.since)
+		return s.paused, nil
 	}
 	if ran {
 		a.resumed, a.err = true, vm.Resume()

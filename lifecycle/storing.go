@@ -185,11 +185,11 @@ func (s *storing) commit(ctx context.Context) error {
 // clear removes what was written of a snapshot that was given up. It may have been committed all the same.
 func (s *storing) clear() error {
 	// Abort waits for Commit, and does nothing after one that succeeded.
-	err := errors.Join(s.writer.Abort(), s.m.ledger.end(s.since))
-	if err != nil {
+	s.m.ledger.end(s.since)
+	if err := s.writer.Abort(); err != nil {
 		return err
 	}
-	err = s.store.Delete(context.Background(), s.writer.ID())
+	err := s.store.Delete(context.Background(), s.writer.ID())
 	if errors.Is(err, snapshot.ErrNotFound) {
 		return nil
 	}
