@@ -183,9 +183,9 @@ func TestReclaimIsExact(t *testing.T) {
 			again := repeat(func() error { _, err := img.Reclaim(ctx); return err })
 			chunks := inTurn(o)
 			ahead := repeat(func() error { return img.Prefetch(ctx, chunks[:len(chunks)/2], 1) })
-			steps := 6000
+			steps := 2000
 			if testing.Short() {
-				steps = 1500
+				steps = 800
 			}
 			var wg sync.WaitGroup
 			for range machines + 1 {
