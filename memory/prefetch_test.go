@@ -115,6 +115,7 @@ func TestTouched(t *testing.T) {
 	if got := img.Touched(); !slices.Equal(got, touched) {
 		t.Errorf("touched %v\nwant    %v", got, touched)
 	}
+	await(func() bool { return img.Demands() == 0 })
 	if s := m.Stats(); s.Prefetched != 0 || s.DemandBytes == 0 || s.PrefetchBytes == 0 ||
 		s.DemandBytes+s.PrefetchBytes != s.PagesFetched*page {
 		t.Errorf("stats %+v", s)

@@ -25,9 +25,11 @@ func held(t *testing.T, img *memory.Image) uint64 {
 	return n
 }
 
-// reclaim checks that a pass frees so many pages, by its own account and the host's.
+// reclaim checks that a pass frees so many pages, by its own account and the host's. What
+// comes behind the page that a thread waited for has to be there first.
 func reclaim(t *testing.T, img *memory.Image, pages int) {
 	t.Helper()
+	await(func() bool { return img.Demands() == 0 })
 	before := held(t, img)
 	freed, err := img.Reclaim(context.Background())
 	if err != nil || freed != uint64(pages)*page {
