@@ -24,5 +24,12 @@ func (img *Image) Demands() int {
 	return img.demands
 }
 
+// Quiet is what happens when for a moment nobody waits.
+func (img *Image) Quiet() {
+	img.mu.Lock()
+	defer img.mu.Unlock()
+	img.quiet()
+}
+
 // Lose is what a pager does that can't read faults any more.
 func (m *Memory) Lose(err error) { m.lose(m.lazy.fd, err) }

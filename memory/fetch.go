@@ -44,14 +44,20 @@ func (img *Image) demand(ctx context.Context, chunk int64, want *need) error {
 	return img.get(ctx, chunk, false, want)
 }
 
-// served ends a demand. Who gives way to demands hears of it when it was the last.
+// served ends a demand.
 func (img *Image) served() {
 	img.mu.Lock()
 	defer img.mu.Unlock()
 	if img.demands--; img.demands == 0 {
-		img.lulls++
-		img.lull.Broadcast()
+		img.quiet()
 	}
+}
+
+// quiet lets those go on who give way to demands, even if the next one comes before
+// they do. The caller holds mu.
+func (img *Image) quiet() {
+	img.lulls++
+	img.lull.Broadcast()
 }
 
 // get is Fetch; ahead says that nobody has asked for the chunk yet.

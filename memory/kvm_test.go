@@ -142,11 +142,12 @@ func (g *guest) list(visits []visitOf) {
 
 type visitOf struct{ gpa, store uint64 }
 
-// visits has a guest go to a word of each page and write to a half of them.
+// visits has a guest go to a word of each page and write to a half of them. The word
+// is not at address 0, which ends the list.
 func visits(rng *rand.Rand, pages []uint64) []visitOf {
 	list := make([]visitOf, len(pages))
 	for i, gpa := range pages {
-		list[i].gpa = gpa + 8*rng.Uint64N(page/8)
+		list[i].gpa = gpa + 8 + 8*rng.Uint64N(page/8-1)
 		if rng.IntN(2) == 0 {
 			list[i].store = rng.Uint64() | 1
 		}

@@ -115,6 +115,7 @@ func TestTouched(t *testing.T) {
 	if got := img.Touched(); !slices.Equal(got, touched) {
 		t.Errorf("touched %v\nwant    %v", got, touched)
 	}
+	await(func() bool { return img.Demands() == 0 })
 	if s := m.Stats(); s.Prefetched != 0 || s.DemandBytes == 0 || s.PrefetchBytes == 0 ||
 		s.DemandBytes+s.PrefetchBytes != s.PagesFetched*page {
 		t.Errorf("stats %+v", s)
@@ -260,6 +261,36 @@ func TestDemandGoesFirst(t *testing.T) {
 		close(goOn[chunk])
 	}
 	if err := errors.Join(<-faults, <-prefetched); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Machines that never rest do not hold a prefetch up for ever: a moment in which nobody
+// waits is enough for a chunk.
+func TestPrefetchUnderLoad(t *testing.T) {
+	o := newOracle(newRand(t), 4*mib, memory.Range{Len: 4 * mib})
+	img := newImage(t, o)
+	chunks := inTurn(o)[:6]
+	begun, goOn := make(chan int64, len(chunks)), make(chan struct{})
+	o.setTrouble(func(_ context.Context, chunk int64) error {
+		begun <- chunk
+		if chunk == chunks[0] {
+			<-goOn
+		}
+		return nil
+	})
+	demand, prefetched := make(chan error, 1), make(chan error, 1)
+	go func() { demand <- img.Fetch(context.Background(), chunks[0]) }()
+	<-begun
+	go func() { prefetched <- img.Prefetch(context.Background(), chunks[1:], 1) }()
+	for _, want := range chunks[1:3] {
+		await(func() bool { img.Quiet(); return len(begun) > 0 })
+		if got := <-begun; got != want {
+			t.Fatalf("prefetch of %d, want %d", got, want)
+		}
+	}
+	close(goOn)
+	if err := errors.Join(<-demand, <-prefetched); err != nil {
 		t.Fatal(err)
 	}
 }
