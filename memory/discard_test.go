@@ -153,7 +153,7 @@ func TestDiscardOfPoison(t *testing.T) {
 
 // A page of zeros that was discarded is missing again, and View says so.
 func TestDiscardedIsNotResident(t *testing.T) {
-	o := newOracle(newRand(t), mib, memory.Range{Len: mib})
+	o := newOracle(newRand(t), 2*mib, memory.Range{Len: mib})
 	m := mapImage(t, newImage(t, o), memory.MapOptions{})
 	zero, full := firstRun(t, o, true).gpa, firstRun(t, o, false).gpa
 	for _, gpa := range []uint64{zero, full} {
