@@ -233,15 +233,8 @@ func TestCloseDuringCheckpoint(t *testing.T) {
 	g := newGuest(t, testvm.WorkerConfig{Memory: 64 << 20, VCPUs: 2})
 	m := g.boot(t, testvm.NoLimit)
 	g.work(t, m, 5)
-	closed, asked := make(chan error, 1), false
 	opts := g.options()
-	opts.Progress = func(uint64, uint64) {
-		if !asked {
-			asked = true
-			go func() { closed <- m.Close() }()
-			<-m.GivenUp()
-		}
-	}
+	closed := closing(m, &opts)
 	_, err := m.Checkpoint(t.Context(), g.store, opts)
 	if errors.Is(err, memory.ErrNoWriteProtect) {
 		t.Skip(err)

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"testing"
 
 	"filippo.io/age"
@@ -197,21 +198,27 @@ func TestPrepareGivenUp(t *testing.T) {
 	g.compare(t, m)
 }
 
+// closing has a machine closed in the midst of what the options are for, as soon as that makes progress; it says how that went.
+func closing(m *lifecycle.Machine, opts *lifecycle.PauseOptions) <-chan error {
+	closed := make(chan error, 1)
+	var once sync.Once
+	opts.Progress = func(uint64, uint64) {
+		once.Do(func() {
+			go func() { closed <- m.Close() }()
+			<-m.GivenUp()
+		})
+	}
+	return closed
+}
+
 // TestCloseDuringPrepare: a machine that is closed ends its preparations.
 func TestCloseDuringPrepare(t *testing.T) {
 	checkLeaks(t)
 	g := newGuest(t, testvm.WorkerConfig{Memory: 64 << 20})
 	m := g.boot(t, testvm.NoLimit)
 	p := g.prepare(t, m)
-	closed, asked := make(chan error, 1), false
 	opts := g.options()
-	opts.Progress = func(uint64, uint64) {
-		if !asked {
-			asked = true
-			go func() { closed <- m.Close() }()
-			<-m.GivenUp()
-		}
-	}
+	closed := closing(m, &opts)
 	if _, err := m.Prepare(t.Context(), g.store, opts); !errors.Is(err, vmm.ErrClosed) {
 		t.Error(err)
 	}
