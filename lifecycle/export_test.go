@@ -1,6 +1,10 @@
 package lifecycle
 
-import "github.com/cryovisor/cryovisor/blockdev"
+import (
+	"io"
+
+	"github.com/cryovisor/cryovisor/blockdev"
+)
 
 // ParseDisks is what reads the section of disks.
 var ParseDisks = parseDisks
@@ -27,3 +31,6 @@ var (
 	MarshalWorkingSet = marshalWorkingSet
 	ParseWorkingSet   = parseWorkingSet
 )
+
+// Console is where the output of a sandbox that runs goes.
+func Console(m *Manager, id string) io.Writer { return m.sandboxes.byID[id].live.console }

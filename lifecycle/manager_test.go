@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io/fs"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -329,4 +330,234 @@ func TestSandbox(t *testing.T) {
 func isState(err error, s lifecycle.State) bool {
 	var e *lifecycle.StateError
 	return errors.As(err, &e) && e.State == s
+}
+
+// reopen closes the Manager and opens its directory again.
+func (m *managed) reopen(t testing.TB, opts ...lifecycle.ManagerOptions) {
+	t.Helper()
+	if err := m.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	opts = append(opts, lifecycle.ManagerOptions{})
+	m.Manager = openManager(t, m.dir, m.clock, opts[0]).Manager
+}
+
+// TestClose closes a Manager whose sandboxes run, and opens it again.
+func TestClose(t *testing.T) {
+	checkLeaks(t)
+	m := newManager(t, lifecycle.ManagerOptions{})
+	a, b := m.create(t, lifecycle.CreateOptions{Metadata: map[string]string{"n": "a"}}), m.create(t, lifecycle.CreateOptions{})
+	m.mark(t, a, 1)
+	m.mark(t, b, 2)
+	pause(t, b)
+	if _, err := lifecycle.OpenManager(t.Context(), m.dir, lifecycle.ManagerOptions{}); !errors.Is(err, lifecycle.ErrLocked) {
+		t.Errorf("a second Manager: %v", err)
+	}
+	old := m.Manager
+	m.reopen(t)
+	if _, err := old.Get(a.ID()); !errors.Is(err, lifecycle.ErrManagerClosed) {
+		t.Errorf("after Close: %v", err)
+	}
+	if err := old.Close(t.Context()); err != nil {
+		t.Errorf("closed twice: %v", err)
+	}
+	for i, id := range []string{a.ID(), b.ID()} {
+		s, err := m.Sandbox(id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		wantState(t, s, lifecycle.StatePaused)
+		connect(t, s)
+		m.wantMark(t, s, uint64(i+1))
+	}
+	if info, err := m.Get(a.ID()); err != nil || info.Metadata["n"] != "a" {
+		t.Errorf("%+v, %v", info, err)
+	}
+	m.reopen(t, lifecycle.ManagerOptions{OnClose: lifecycle.ActionKill})
+	connect(t, mustSandbox(t, m, a.ID()))
+	m.reopen(t)
+	if _, err := m.Get(a.ID()); !errors.Is(err, lifecycle.ErrNotFound) {
+		t.Errorf("killed by Close: %v", err)
+	}
+	wantState(t, mustSandbox(t, m, b.ID()), lifecycle.StatePaused)
+}
+
+func mustSandbox(t testing.TB, m *managed, id string) *lifecycle.Sandbox {
+	t.Helper()
+	s, err := m.Sandbox(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// TestLimits reaches each limit.
+func TestLimits(t *testing.T) {
+	m := newManager(t, lifecycle.ManagerOptions{Limits: lifecycle.Limits{Running: 2, Paused: 1}})
+	wantLimit := func(what, want string, err error) {
+		t.Helper()
+		var e *lifecycle.LimitError
+		if !errors.As(err, &e) || e.What != want {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	a, b := m.create(t, lifecycle.CreateOptions{}), m.create(t, lifecycle.CreateOptions{Timeout: time.Minute, OnTimeout: lifecycle.ActionPause})
+	_, err := m.Create(t.Context(), lifecycle.CreateOptions{Template: "ticker"})
+	wantLimit("create", "running sandboxes", err)
+	forks, err := a.Fork(t.Context(), 1, lifecycle.ConnectOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantLimit("fork", "running sandboxes", forks[0].Err)
+	pause(t, a)
+	_, err = b.Pause(t.Context())
+	wantLimit("pause", "paused sandboxes", err)
+	m.alive(t, b)
+	c := m.create(t, lifecycle.CreateOptions{})
+	_, _, err = a.Connect(t.Context(), lifecycle.ConnectOptions{})
+	wantLimit("connect", "running sandboxes", err)
+	wantState(t, a, lifecycle.StatePaused)
+	events, cancel := m.Subscribe()
+	defer cancel()
+	m.clock.advance(time.Minute)
+	waitEvent(t, events, stateIs(lifecycle.StatePaused)) // a timeout may pause beyond the limit
+	if err := c.Kill(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	m.reopen(t, lifecycle.ManagerOptions{Limits: lifecycle.Limits{StoredBytes: 1}})
+	connect(t, a2(t, m, a))
+	_, err = m.Pause(t.Context(), a.ID())
+	wantLimit("pause", "stored bytes", err)
+	_, err = m.Checkpoint(t.Context(), a.ID(), "")
+	wantLimit("checkpoint", "stored bytes", err)
+}
+
+func a2(t testing.TB, m *managed, s *lifecycle.Sandbox) *lifecycle.Sandbox {
+	t.Helper()
+	return mustSandbox(t, m, s.ID())
+}
+
+// TestOnce has many callers ask for the same at the same time: it happens once, and each is told what is true.
+func TestOnce(t *testing.T) {
+	m := newManager(t, lifecycle.ManagerOptions{})
+	s := m.create(t, lifecycle.CreateOptions{})
+	many := func(do func() error) (n int, others []error) {
+		errs := make([]error, 8)
+		var group sync.WaitGroup
+		for i := range errs {
+			group.Go(func() { errs[i] = do() })
+		}
+		group.Wait()
+		for _, err := range errs {
+			if err == nil {
+				n++
+			} else {
+				others = append(others, err)
+			}
+		}
+		return n, others
+	}
+	for range 3 {
+		n, others := many(func() error { _, err := s.Pause(t.Context()); return err })
+		for _, err := range others {
+			if !isState(err, lifecycle.StatePaused) {
+				t.Error(err)
+			}
+		}
+		if n != 1 {
+			t.Errorf("%d pauses succeeded", n)
+		}
+		if info, _ := s.Info(); info.State != lifecycle.StatePaused {
+			t.Errorf("after pauses: %+v", info)
+		}
+		resumed := 0
+		var mu sync.Mutex
+		if _, others := many(func() error {
+			_, did, err := s.Connect(t.Context(), lifecycle.ConnectOptions{})
+			mu.Lock()
+			defer mu.Unlock()
+			if did {
+				resumed++
+			}
+			return err
+		}); len(others) > 0 || resumed != 1 {
+			t.Errorf("%d connects resumed, %v", resumed, others)
+		}
+	}
+	n, others := many(func() error { return s.Kill(t.Context()) })
+	for _, err := range others {
+		if !errors.Is(err, lifecycle.ErrNotFound) {
+			t.Error(err)
+		}
+	}
+	if n != 1 {
+		t.Errorf("%d kills succeeded", n)
+	}
+	if got := m.Metrics(); got.Kills.Count-got.Kills.Failed != 1 || got.Pauses.Count != 3 || got.Resumes.Count != 3 {
+		t.Errorf("metrics: %+v", got)
+	}
+}
+
+// TestList pages through sandboxes of two owners.
+func TestList(t *testing.T) {
+	m := newManager(t, lifecycle.ManagerOptions{})
+	var want []string // of "me", the newest first
+	for i := range 7 {
+		m.clock.advance(time.Duration(i%2) * time.Second) // some are as old as others
+		s := m.create(t, lifecycle.CreateOptions{Owner: "me", Metadata: map[string]string{"odd": fmt.Sprint(i % 2), "n": fmt.Sprint(i)}})
+		m.create(t, lifecycle.CreateOptions{Owner: "other", Metadata: map[string]string{"odd": "1"}})
+		if i%2 == 1 {
+			pause(t, s)
+		}
+		want = append([]string{s.ID()}, want...)
+	}
+	list := func(opts lifecycle.ListOptions) (ids []string, pages int) {
+		for {
+			page, err := m.List(opts)
+			if err != nil {
+				t.Fatal(err)
+			}
+			pages++
+			for i, s := range page.Sandboxes {
+				if i > 0 && s.Created.After(page.Sandboxes[i-1].Created) {
+					t.Errorf("%s is newer than the one before it", s.ID)
+				}
+				ids = append(ids, s.ID)
+			}
+			if opts.Token = page.Next; opts.Token == "" {
+				return ids, pages
+			}
+		}
+	}
+	ids, pages := list(lifecycle.ListOptions{Owner: "me", Limit: 3})
+	if pages != 3 || len(ids) != 7 || !sameSet(ids, want) {
+		t.Errorf("%d pages of %v, want %v", pages, ids, want)
+	}
+	if ids, _ := list(lifecycle.ListOptions{Owner: "me"}); fmt.Sprint(ids) != fmt.Sprint(first(list(lifecycle.ListOptions{Owner: "me", Limit: 1}))) {
+		t.Errorf("the order depends on the size of pages: %v", ids)
+	}
+	for want, opts := range map[int]lifecycle.ListOptions{
+		14: {},
+		3:  {Owner: "me", States: []lifecycle.State{lifecycle.StatePaused}},
+		4:  {Owner: "me", States: []lifecycle.State{lifecycle.StateRunning}},
+		10: {Metadata: map[string]string{"odd": "1"}},
+		1:  {Metadata: map[string]string{"odd": "1", "n": "3"}},
+		0:  {Metadata: map[string]string{"odd": ""}},
+	} {
+		if ids, _ := list(opts); len(ids) != want {
+			t.Errorf("%+v: %d, want %d", opts, len(ids), want)
+		}
+	}
+	for _, token := range []string{"x", "????", strings.Repeat("A", 200)} {
+		if _, err := m.List(lifecycle.ListOptions{Token: token}); !errors.Is(err, lifecycle.ErrInvalid) {
+			t.Errorf("token %q: %v", token, err)
+		}
+	}
+}
+
+func first[T any](v T, _ int) T { return v }
+
+func sameSet(a, b []string) bool {
+	a, b = slices.Sorted(slices.Values(a)), slices.Sorted(slices.Values(b))
+	return slices.Equal(a, b)
 }
