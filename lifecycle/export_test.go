@@ -1,9 +1,13 @@
 package lifecycle
 
 import (
+	"context"
 	"io"
+	"path/filepath"
 
 	"github.com/cryovisor/cryovisor/blockdev"
+	"github.com/cryovisor/cryovisor/internal/catalog"
+	"github.com/cryovisor/cryovisor/snapshot"
 )
 
 // ParseDisks is what reads the section of disks.
@@ -34,3 +38,19 @@ var (
 
 // Console is where the output of a sandbox that runs goes.
 func Console(m *Manager, id string) io.Writer { return m.sandboxes.byID[id].live.console }
+
+// SnapshotOf is the snapshot of a sandbox in a directory that no Manager has; zero if there is none.
+func SnapshotOf(ctx context.Context, dir, sandbox string) (id snapshot.ID, err error) {
+	c, err := catalog.Open(filepath.Join(dir, catalogFile))
+	if err != nil {
+		return id, err
+	}
+	defer c.Close()
+	rows, err := c.Sandboxes(ctx)
+	for _, row := range rows {
+		if row.ID == sandbox {
+			return snapshot.ParseID(row.Snapshot)
+		}
+	}
+	return id, err
+}

@@ -19,6 +19,7 @@ type holdings struct {
 	snapshots map[snapshot.ID]*storedSnapshot
 	packs     map[snapshot.ID]*storedPack
 	bytes     uint64 // of all manifests and packs
+	cautious  bool   // there are snapshots of which it is not known which packs they need: none is deleted
 }
 
 type storedSnapshot struct {
@@ -111,7 +112,14 @@ func (s *holdings) lastUser(id snapshot.ID) bool {
 func (s *holdings) needed(pack snapshot.ID) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.packs[pack] != nil
+	return s.cautious || s.packs[pack] != nil
+}
+
+// careful has packs be kept: some that are needed may not be known.
+func (s *holdings) careful() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.cautious = true
 }
 
 func (s *holdings) has(id snapshot.ID) bool {

@@ -114,6 +114,7 @@ const (
 	lockFile    = "lock"
 	catalogFile = "catalog.db"
 	keysDir     = "keys"
+	masterFile  = "master.txt"
 	storeDir    = "store"
 	disksDir    = "disks"
 )
@@ -153,12 +154,19 @@ func (m *Manager) open(ctx context.Context) error {
 	if err := os.MkdirAll(m.dir, 0o700); err != nil {
 		return err
 	}
-	var err error
+	if err := m.openParts(); err != nil {
+		return err
+	}
+	return m.recover(ctx)
+}
+
+// openParts opens what lies in the directory.
+func (m *Manager) openParts() (err error) {
 	if m.lock, err = lockDir(filepath.Join(m.dir, lockFile)); err != nil {
 		return err
 	}
 	if m.keys == nil {
-		if m.keys, err = OpenLocalKeys(filepath.Join(m.dir, keysDir, "master.txt")); err != nil {
+		if m.keys, err = OpenLocalKeys(filepath.Join(m.dir, keysDir, masterFile)); err != nil {
 			return err
 		}
 	}
@@ -169,7 +177,7 @@ func (m *Manager) open(ctx context.Context) error {
 		return err
 	}
 	m.stored = newHoldings(m.store)
-	return m.recover(ctx)
+	return nil
 }
 
 func checkOptions(o ManagerOptions) error {

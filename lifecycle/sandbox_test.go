@@ -259,4 +259,3 @@ func TestRotateKeys(t *testing.T) {
 	}
 	wantState(t, mustSandbox(t, m, a.ID()), lifecycle.StatePaused)
 }
-
