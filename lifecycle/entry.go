@@ -19,7 +19,8 @@ type entry struct {
 	id        string
 	created   int64 // ns since 1970
 	retention time.Duration
-	turn      chan struct{} // holds a value while somebody has the turn
+	turn      chan struct{}  // holds a value while somebody has the turn
+	endings   sync.WaitGroup // machines that are ending behind a pause's back; added to, and waited for, by who has the turn
 
 	mu      sync.Mutex
 	row     catalog.Sandbox // as the catalog has it

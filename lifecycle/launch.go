@@ -25,6 +25,9 @@ func (m *Manager) launch(ctx context.Context, e *entry, from origin, row catalog
 	if err := m.takeSlot(); err != nil {
 		return err
 	}
+	if m.opts.Connect != nil { // whose sockets and taps the last machine may still have
+		e.endings.Wait()
+	}
 	if err := m.stored.hold(from.snapshot); err != nil {
 		m.returnSlot()
 		return err
@@ -35,7 +38,8 @@ func (m *Manager) launch(ctx context.Context, e *entry, from origin, row catalog
 		err = m.enliven(ctx, e, l, row)
 	}
 	if err != nil {
-		return errors.Join(err, m.dismantle(ctx, l, (*Machine).Discard))
+		m.returnSlot()
+		return errors.Join(err, m.dismantle(l, (*Machine).Discard))
 	}
 	m.work.Go(func() { m.watchEnd(e, l) })
 	return nil
@@ -112,17 +116,32 @@ func (m *Manager) returnSlot() {
 	m.running--
 }
 
-// endMachine ends the machine of a sandbox whose turn the caller has: how is Machine.Close or Machine.Discard.
-func (m *Manager) endMachine(e *entry, how func(*Machine) error) error {
-	l := e.live
+// discardMachine ends the machine of a sandbox, whose turn the caller has, with all that it has changed since its last pause.
+func (m *Manager) discardMachine(e *entry) error { return m.dismantle(m.detach(e), (*Machine).Discard) }
+
+// closeMachine ends the machine of a sandbox, whose turn the caller has and of which a snapshot has everything, behind the caller's back: KVM takes
+// some 20 ms to destroy a VM. What can't be given back is when the process ends, or the directory is opened again.
+func (m *Manager) closeMachine(e *entry) {
+	l := m.detach(e)
+	e.endings.Add(1)
+	m.work.Go(func() {
+		defer e.endings.Done()
+		_ = m.dismantle(l, (*Machine).Close)
+	})
+}
+
+// detach takes the machine from a sandbox, which does not run any more.
+func (m *Manager) detach(e *entry) *live {
+	defer m.returnSlot()
 	e.mu.Lock()
+	defer e.mu.Unlock()
+	l := e.live
 	e.live = nil
-	e.mu.Unlock()
-	return m.dismantle(context.WithoutCancel(m.ctx), l, how)
+	return l
 }
 
 // dismantle gives back all that a machine, which may be half made, has taken.
-func (m *Manager) dismantle(ctx context.Context, l *live, how func(*Machine) error) error {
+func (m *Manager) dismantle(l *live, how func(*Machine) error) error {
 	errs := []error{l.dropPreparation()}
 	if l.machine != nil {
 		errs = append(errs, how(l.machine))
@@ -130,8 +149,7 @@ func (m *Manager) dismantle(ctx context.Context, l *live, how func(*Machine) err
 	if l.connection.Close != nil {
 		errs = append(errs, l.connection.Close())
 	}
-	errs = append(errs, m.stored.letGo(context.WithoutCancel(ctx), l.pins...))
-	m.returnSlot()
+	errs = append(errs, m.stored.letGo(context.WithoutCancel(m.ctx), l.pins...))
 	return errors.Join(errs...)
 }
 
@@ -162,7 +180,7 @@ func (m *Manager) guestEnded(ctx context.Context, e *entry, how error) error {
 		return err
 	}
 	from := e.become(StatePaused, row)
-	err := m.endMachine(e, (*Machine).Discard)
+	err := m.discardMachine(e)
 	m.tell(e, from, ReasonEnded, 0, err)
 	return nil
 }

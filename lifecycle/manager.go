@@ -259,7 +259,7 @@ func (m *Manager) closeSandbox(ctx context.Context, e *entry) error {
 		_, err = m.pause(ctx, e, ReasonClose)
 	}
 	if e.live != nil {
-		err = errors.Join(err, m.endMachine(e, (*Machine).Discard))
+		err = errors.Join(err, m.discardMachine(e))
 	}
 	return err
 }

@@ -50,8 +50,8 @@ func (m *Manager) pause(ctx context.Context, e *entry, reason Reason) (SandboxIn
 	}
 	old := e.row.Snapshot
 	e.become(StatePaused, row)
-	// What can't be given back now is when the process ends, or the directory is opened again.
-	err = errors.Join(m.endMachine(e, (*Machine).Close), m.letGo(context.WithoutCancel(ctx), old))
+	m.closeMachine(e)
+	err = m.letGo(context.WithoutCancel(ctx), old)
 	m.tell(e, StateRunning, reason, time.Since(began), err)
 	m.plan(e)
 	return e.info(), nil
@@ -296,8 +296,9 @@ func (m *Manager) delete(ctx context.Context, e *entry, reason Reason) error {
 	e.mu.Unlock()
 	m.alarms.set(e, time.Time{})
 	var errs []error
+	e.endings.Wait()
 	if e.live != nil {
-		errs = append(errs, m.endMachine(e, (*Machine).Discard))
+		errs = append(errs, m.discardMachine(e))
 	}
 	if snapshotID != "" {
 		errs = append(errs, m.catalog.Forget(ctx), m.letGo(ctx, snapshotID))
