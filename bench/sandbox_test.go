@@ -74,7 +74,6 @@ func BenchmarkSandbox(b *testing.B) {
 	b.ReportMetric(0, "ns/op")
 }
 
-
 // BenchmarkSandboxes has 200 paused and 20 running sandboxes of 128 MiB at once, and connects to those that are paused.
 func BenchmarkSandboxes(b *testing.B) {
 	needKVM(b)
