@@ -18,6 +18,11 @@ func (m *Manager) Create(ctx context.Context, opts CreateOptions) (*Sandbox, err
 	if err := checkCreate(&opts); err != nil {
 		return nil, err
 	}
+	ctx, done, err := m.call(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
 	t, err := m.findTemplate(opts.Template, opts.Owner)
 	if err != nil {
 		return nil, err

@@ -4,6 +4,7 @@ import (
 	"context"
 	"io"
 	"path/filepath"
+	"time"
 
 	"github.com/cryovisor/cryovisor/blockdev"
 	"github.com/cryovisor/cryovisor/internal/catalog"
@@ -53,4 +54,12 @@ func SnapshotOf(ctx context.Context, dir, sandbox string) (id snapshot.ID, err e
 		}
 	}
 	return id, err
+}
+
+// Watched is when the guest of a sandbox that runs was last looked at.
+func Watched(m *Manager, id string) time.Time {
+	e := m.sandboxes.byID[id]
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.live.watched.at
 }

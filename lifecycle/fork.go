@@ -67,6 +67,11 @@ func (m *Manager) capturePaused(ctx context.Context, e *entry) (capture, error) 
 // Checkpoint keeps a sandbox as it is at one moment as a template, for Create. It goes on or stays paused. name may be empty. The checkpoint
 // stays until DeleteTemplate, also when the sandbox has been killed. Errors: ErrExists; *LimitError; those of Machine.Checkpoint.
 func (m *Manager) Checkpoint(ctx context.Context, id, name string) (TemplateInfo, error) {
+	ctx, done, err := m.call(ctx)
+	if err != nil {
+		return TemplateInfo{}, err
+	}
+	defer done()
 	e, err := m.transition(ctx, id)
 	if err != nil {
 		return TemplateInfo{}, err
@@ -95,6 +100,11 @@ func (m *Manager) Fork(ctx context.Context, id string, n int, opts ConnectOption
 	if n < 1 || n > maxForks || opts.Timeout < 0 {
 		return nil, fmt.Errorf("%w: %d forks with a timeout of %v; from 1 to %d at once", ErrInvalid, n, opts.Timeout, maxForks)
 	}
+	ctx, done, err := m.call(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
 	e, err := m.transition(ctx, id)
 	if err != nil {
 		return nil, err

@@ -35,6 +35,9 @@ type KeyProvider interface {
 // ErrKey says that a master key is missing, is not to be trusted, or does not fit.
 var ErrKey = errors.New("master key")
 
+// errNoSecret says that nothing was sealed for a sandbox or template.
+var errNoSecret = errors.New("the catalog has no key")
+
 // LocalKeys is a KeyProvider with a file of age identities: the first seals, each opens.
 type LocalKeys struct {
 	path string
@@ -212,7 +215,7 @@ func (m *Manager) identity(ctx context.Context, id string) (*age.X25519Identity,
 		return nil, err
 	}
 	if sealed == nil {
-		return nil, fmt.Errorf("%w: the catalog has no key of %s: its snapshots can't be opened", ErrKey, id)
+		return nil, fmt.Errorf("%w: %w for %s: its snapshots can't be opened", ErrKey, errNoSecret, id)
 	}
 	secret, err := m.keys.Open(ctx, id, sealed)
 	if err != nil {

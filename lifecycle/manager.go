@@ -100,6 +100,10 @@ type Manager struct {
 	quit context.CancelFunc
 	work sync.WaitGroup // what goes on by itself
 
+	closing  context.Context // ended when Close begins
+	refuse   context.CancelCauseFunc
+	creating sync.WaitGroup // calls that make sandboxes or templates
+
 	ending sync.Mutex // held by Close
 
 	mu        sync.Mutex
@@ -143,6 +147,7 @@ func newManager(dir string, opts ManagerOptions) *Manager {
 	}
 	m.sandboxes.byID = make(map[string]*entry)
 	m.ctx, m.quit = context.WithCancel(context.Background())
+	m.closing, m.refuse = context.WithCancelCause(context.Background())
 	m.alarms = newAlarms(m.clock)
 	return m
 }
@@ -193,6 +198,7 @@ func checkOptions(o ManagerOptions) error {
 // release gives back what open has taken.
 func (m *Manager) release() error {
 	m.quit()
+	m.refuse(nil)
 	var errs []error
 	for _, t := range m.templates {
 		errs = append(errs, t.close())
@@ -217,12 +223,16 @@ func (m *Manager) Close(ctx context.Context) error {
 	m.mu.Lock()
 	again := m.closed
 	m.closed = true
-	all := m.sandboxes.all()
 	m.mu.Unlock()
 	if again {
 		return nil
 	}
+	m.refuse(ErrManagerClosed)
+	m.creating.Wait()
 	m.alarms.stop()
+	m.mu.Lock()
+	all := m.sandboxes.all()
+	m.mu.Unlock()
 	var group errgroup.Group
 	group.SetLimit(closeAtOnce)
 	errs := make([]error, len(all))
@@ -264,14 +274,21 @@ func (m *Manager) closeSandbox(ctx context.Context, e *entry) error {
 	return err
 }
 
-// check is the first thing that a call does.
-func (m *Manager) check() error {
+// call begins a call that makes something. Close interrupts it, by its context, and waits until done is called.
+func (m *Manager) call(ctx context.Context) (begun context.Context, done func(), err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.closed {
-		return ErrManagerClosed
+		return nil, nil, ErrManagerClosed
 	}
-	return nil
+	m.creating.Add(1)
+	begun, cancel := context.WithCancelCause(ctx)
+	stop := context.AfterFunc(m.closing, func() { cancel(ErrManagerClosed) })
+	return begun, func() {
+		stop()
+		cancel(nil)
+		m.creating.Done()
+	}, nil
 }
 
 // find returns the sandbox with an id.
@@ -346,9 +363,11 @@ func (m *Manager) Machine(id string) (*Machine, error) {
 
 // RotateKeys has the KeyProvider make a new master key, and seals the keys of all snapshots with that. Snapshots are not touched.
 func (m *Manager) RotateKeys(ctx context.Context) error {
-	if err := m.check(); err != nil {
+	ctx, done, err := m.call(ctx)
+	if err != nil {
 		return err
 	}
+	defer done()
 	m.sealing.Lock()
 	defer m.sealing.Unlock()
 	if err := rotate(ctx, m.keys, m.catalog); err != nil {

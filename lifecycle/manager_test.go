@@ -555,7 +555,7 @@ func TestList(t *testing.T) {
 	}
 }
 
-func first[T any](v T, _ int) T { return v }
+func first[T, U any](v T, _ U) T { return v }
 
 func sameSet(a, b []string) bool {
 	a, b = slices.Sorted(slices.Values(a)), slices.Sorted(slices.Values(b))

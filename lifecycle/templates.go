@@ -181,9 +181,13 @@ func (m *Manager) CreateTemplate(ctx context.Context, cfg TemplateConfig) (Templ
 	if err := m.checkTemplate(cfg); err != nil {
 		return TemplateInfo{}, err
 	}
+	ctx, done, err := m.call(ctx)
+	if err != nil {
+		return TemplateInfo{}, err
+	}
+	defer done()
 	l := &live{console: &console{next: cfg.VM.Console.Out}}
 	cfg.VM.Console.Out = l.console
-	var err error
 	if l.machine, err = Boot(ctx, cfg.VM, Disks{Dir: m.disks(), Boot: cfg.Disks}); err != nil {
 		return TemplateInfo{}, fmt.Errorf("template %q: %w", cfg.Name, err)
 	}
@@ -308,14 +312,15 @@ func (m *Manager) Templates() []TemplateInfo {
 
 // DeleteTemplate deletes a template or checkpoint, its keys first. Sandboxes that were made of it stay.
 func (m *Manager) DeleteTemplate(ctx context.Context, id string) error {
+	ctx, done, err := m.call(ctx)
+	if err != nil {
+		return err
+	}
+	defer done()
 	m.mu.Lock()
 	t := m.templates[id]
-	closed := m.closed
 	m.mu.Unlock()
-	switch {
-	case closed:
-		return ErrManagerClosed
-	case t == nil:
+	if t == nil {
 		return fmt.Errorf("template %q: %w", id, ErrNotFound)
 	}
 	t.mu.Lock()
@@ -323,7 +328,7 @@ func (m *Manager) DeleteTemplate(ctx context.Context, id string) error {
 		t.mu.Unlock()
 		return fmt.Errorf("template %q: %w", id, ErrNotFound)
 	}
-	err := m.catalog.DeleteTemplate(ctx, id)
+	err = m.catalog.DeleteTemplate(ctx, id)
 	t.deleted = err == nil
 	t.mu.Unlock()
 	if err != nil {

@@ -7,7 +7,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cryovisor/cryovisor/internal/testvm"
 	"github.com/cryovisor/cryovisor/lifecycle"
+	"github.com/cryovisor/cryovisor/vmm"
 )
 
 // TestTimeoutKills lets a sandbox's time run out.
@@ -132,6 +134,37 @@ func TestIdle(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestWatchGuest keeps a sandbox running, whose guest works, for longer than it may be idle.
+func TestWatchGuest(t *testing.T) {
+	m := openManager(t, t.TempDir(), newFakeClock(), lifecycle.ManagerOptions{WatchGuest: true, PrepareAhead: -1})
+	im, err := testvm.Timer(testvm.TimerConfig{Memory: tickerMemory, Every: 1 << 40, Busy: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg := lifecycle.TemplateConfig{Name: "busy", VM: vmm.Config{MemoryBytes: tickerMemory, Boot: im.Program()}}
+	if _, err := m.CreateTemplate(t.Context(), cfg); err != nil {
+		t.Fatal(err)
+	}
+	s := m.create(t, lifecycle.CreateOptions{Template: "busy", Timeout: time.Hour, IdleTimeout: time.Second})
+	const step = 100 * time.Millisecond
+	for range 12 {
+		before := m.machine(t, s).VM.Activity().VCPU
+		for m.machine(t, s).VM.Activity().VCPU < before+step/20 {
+			if t.Context().Err() != nil {
+				t.Fatal("the guest does nothing")
+			}
+		}
+		looked := lifecycle.Watched(m.Manager, s.ID())
+		m.clock.advance(step)
+		for lifecycle.Watched(m.Manager, s.ID()).Equal(looked) {
+			if t.Context().Err() != nil {
+				t.Fatal("nobody looks")
+			}
+		}
+	}
+	wantState(t, s, lifecycle.StateRunning)
 }
 
 // TestRetention lets the retention of a paused sandbox end: every call says that there is none, and nothing is left.

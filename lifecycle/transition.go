@@ -93,22 +93,29 @@ func (m *Manager) storePause(ctx context.Context, e *entry) (catalog.Sandbox, er
 	row.Running, row.Paused, row.Snapshot = false, m.clock.Now().UTC(), paused.ID.String()
 	row.StoredBytes, row.LastError = paused.StoredBytes, ""
 	row.Pauses++
-	err = m.stored.hold(paused.ID)
-	if err == nil {
-		err = e.commit()
+	if err = m.stored.hold(paused.ID); err == nil {
+		err = m.recordPause(context.WithoutCancel(ctx), e, row, paused.ID)
 	}
-	if err == nil {
-		err = m.put(context.WithoutCancel(ctx), e, row)
+	if err != nil && l.machine.VM.Paused() {
+		err = errors.Join(err, l.machine.Resume())
 	}
+	return row, err
+}
+
+// recordPause writes the record of a pause. With an error the snapshot is deleted, unless it may be what the record says.
+func (m *Manager) recordPause(ctx context.Context, e *entry, row catalog.Sandbox, id snapshot.ID) error {
+	err := e.commit()
 	if err != nil {
-		err = errors.Join(err, m.stored.letGo(context.WithoutCancel(ctx), paused.ID))
-		if l.machine.VM.Paused() {
-			err = errors.Join(err, l.machine.Resume())
-		}
-		return catalog.Sandbox{}, err
+		return errors.Join(err, m.stored.letGo(ctx, id))
 	}
-	l.fresh = false
-	return row, nil
+	if err = m.put(ctx, e, row); err == nil {
+		e.live.fresh = false
+		return nil
+	}
+	if undo := m.catalog.PutSandbox(ctx, e.row, nil); undo != nil {
+		return errors.Join(err, undo)
+	}
+	return errors.Join(err, m.stored.letGo(ctx, id))
 }
 
 // commit ends the time in which a pause can be taken back: ErrResumed if it was.
@@ -139,8 +146,9 @@ func (m *Manager) needIdentity(ctx context.Context, e *entry) (err error) {
 		return nil
 	}
 	if e.row.Snapshot != "" {
-		l.identity, err = m.identity(ctx, e.id)
-		return err
+		if l.identity, err = m.identity(ctx, e.id); !errors.Is(err, errNoSecret) {
+			return err
+		}
 	}
 	l.identity, err = age.GenerateX25519Identity()
 	l.fresh = err == nil
@@ -284,6 +292,9 @@ func (m *Manager) Kill(ctx context.Context, id string) error {
 // the directory is opened again, and said in the event.
 func (m *Manager) delete(ctx context.Context, e *entry, reason Reason) error {
 	if err := m.catalog.DeleteSandbox(ctx, e.id); err != nil {
+		if e.live != nil {
+			e.live.fresh = e.live.identity != nil // the catalog may not have it any more
+		}
 		return err
 	}
 	ctx = context.WithoutCancel(ctx)
