@@ -25,8 +25,11 @@ func (m *Manager) next(e *entry) time.Time {
 		return time.Time{} // who is at it plans anew
 	}
 	at, _ := e.end()
-	if begin := at.Add(-m.ahead(e.row.MemoryBytes)); e.row.OnTimeout == string(ActionPause) && m.opts.PrepareAhead >= 0 && !e.prepared.Equal(at) {
-		at = begin
+	if e.row.OnTimeout == string(ActionPause) && m.opts.PrepareAhead >= 0 && !e.prepared.Equal(at) {
+		at = at.Add(-m.ahead(e.row.MemoryBytes))
+		if now := m.clock.Now(); !e.prepared.IsZero() && at.After(now) {
+			at = now // what was prepared for another end is to be given up
+		}
 	}
 	if m.watches(e) {
 		at = earlier(at, e.live.watched.at.Add(watchEvery(e.row.IdleTimeout)))
@@ -88,10 +91,11 @@ func (m *Manager) act(ctx context.Context, e *entry) {
 	switch {
 	case !now.Before(end):
 		m.timeout(ctx, e, idle)
-	case !prepare:
-		if e.live.preparation != nil { // activity has returned
-			_ = e.live.dropPreparation()
-		}
+	case !prepare: // activity has returned
+		e.mu.Lock()
+		e.prepared = time.Time{}
+		e.mu.Unlock()
+		_ = e.live.dropPreparation()
 	case !tried:
 		m.prepare(ctx, e, end)
 	}

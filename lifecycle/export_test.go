@@ -63,3 +63,11 @@ func Watched(m *Manager, id string) time.Time {
 	defer e.mu.Unlock()
 	return e.live.watched.at
 }
+
+// Prepared says whether the pause of a sandbox that runs is prepared.
+func Prepared(m *Manager, id string) bool {
+	e := m.sandboxes.byID[id]
+	e.turn <- struct{}{}
+	defer e.leave()
+	return e.live.preparation != nil
+}

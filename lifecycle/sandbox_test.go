@@ -31,15 +31,7 @@ func TestTakeBack(t *testing.T) {
 			t.Fatal("in 2000 attempts, no Connect met a pause")
 		}
 		m.clock.advance(time.Minute)
-		for { // the pause begins in its own time
-			info, err := s.Info()
-			if err != nil {
-				t.Fatal(err)
-			}
-			if info.State != lifecycle.StateRunning {
-				break
-			}
-		}
+		eventually(t, "the pause begins", func() bool { info, err := s.Info(); return err != nil || info.State != lifecycle.StateRunning })
 		_, resumed, err := s.Connect(t.Context(), lifecycle.ConnectOptions{})
 		if err != nil {
 			t.Fatal(err)
@@ -84,16 +76,11 @@ func TestSandboxPauseFails(t *testing.T) {
 	}
 	m.alive(t, s)
 	show(t, manifests)
-	for { // it tries again, a while after it has noted the failure
-		info, err := s.Info()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if info.State == lifecycle.StatePaused {
-			break
-		}
+	eventually(t, "it tries again, a while after it has noted the failure", func() bool {
 		m.clock.advance(time.Second)
-	}
+		info, err := s.Info()
+		return err != nil || info.State == lifecycle.StatePaused
+	})
 	if info := connect(t, s); info.LastError != "" {
 		t.Errorf("%+v", info)
 	}

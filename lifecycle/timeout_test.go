@@ -4,6 +4,7 @@ package lifecycle_test
 
 import (
 	"errors"
+	"fmt"
 	"testing"
 	"time"
 
@@ -59,6 +60,47 @@ func TestAutoPause(t *testing.T) {
 				t.Errorf("%d pauses by timeout were counted, want 3", got)
 			}
 		})
+	}
+}
+
+// TestPreparationGivenUp prepares the pause of a sandbox, and has activity return: the preparation leaves nothing, and the pause that comes
+// later is right.
+func TestPreparationGivenUp(t *testing.T) {
+	m := newManager(t, lifecycle.ManagerOptions{PrepareAhead: 10 * time.Second})
+	events, cancel := m.Subscribe()
+	defer cancel()
+	s := m.create(t, lifecycle.CreateOptions{Timeout: time.Minute, OnTimeout: lifecycle.ActionPause})
+	until := func(prepared bool) {
+		t.Helper()
+		eventually(t, fmt.Sprintf("prepared: %v", prepared), func() bool { return lifecycle.Prepared(m.Manager, s.ID()) == prepared })
+	}
+	for what, extend := range map[string]func() error{
+		"connect": func() error { _, _, err := s.Connect(t.Context(), lifecycle.ConnectOptions{}); return err },
+		"timeout": func() error { return s.SetTimeout(time.Minute) },
+	} {
+		m.clock.advance(51 * time.Second)
+		until(true)
+		if err := extend(); err != nil {
+			t.Fatalf("%s: %v", what, err)
+		}
+		until(false)
+		wantState(t, s, lifecycle.StateRunning)
+	}
+	m.mark(t, s, 1)
+	m.clock.advance(51 * time.Second)
+	until(true)
+	m.mark(t, s, 2)
+	m.clock.advance(9 * time.Second)
+	waitEvent(t, events, stateIs(lifecycle.StatePaused))
+	connect(t, s)
+	m.wantMark(t, s, 2)
+	m.clock.advance(51 * time.Second)
+	until(true)
+	if err := s.Kill(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if left := m.stored(t); len(left) > 3 {
+		t.Errorf("left: %v", left)
 	}
 }
 
@@ -151,18 +193,10 @@ func TestWatchGuest(t *testing.T) {
 	const step = 100 * time.Millisecond
 	for range 12 {
 		before := m.machine(t, s).VM.Activity().VCPU
-		for m.machine(t, s).VM.Activity().VCPU < before+step/20 {
-			if t.Context().Err() != nil {
-				t.Fatal("the guest does nothing")
-			}
-		}
+		eventually(t, "the guest works", func() bool { return m.machine(t, s).VM.Activity().VCPU >= before+step/20 })
 		looked := lifecycle.Watched(m.Manager, s.ID())
 		m.clock.advance(step)
-		for lifecycle.Watched(m.Manager, s.ID()).Equal(looked) {
-			if t.Context().Err() != nil {
-				t.Fatal("nobody looks")
-			}
-		}
+		eventually(t, "somebody looks", func() bool { return !lifecycle.Watched(m.Manager, s.ID()).Equal(looked) })
 	}
 	wantState(t, s, lifecycle.StateRunning)
 }
