@@ -319,7 +319,12 @@ func (m *Manager) delete(ctx context.Context, e *entry, reason Reason) error {
 }
 
 // SetTimeout sets the timeout of a sandbox that runs, from now, longer or shorter. Errors: a *StateError for one that is paused.
-func (m *Manager) SetTimeout(id string, d time.Duration) error {
+func (m *Manager) SetTimeout(id string, d time.Duration) error { return m.changeTimeout(id, d, true) }
+
+// Extend has the timeout of a sandbox that runs be at least d from now. Errors: a *StateError for one that is paused.
+func (m *Manager) Extend(id string, d time.Duration) error { return m.changeTimeout(id, d, false) }
+
+func (m *Manager) changeTimeout(id string, d time.Duration, shorten bool) error {
 	if d < 0 {
 		return fmt.Errorf("%w: a timeout of %v", ErrInvalid, d)
 	}
@@ -331,9 +336,9 @@ func (m *Manager) SetTimeout(id string, d time.Duration) error {
 	e.mu.Lock()
 	if e.state != StateRunning && e.state != StatePausing {
 		defer e.mu.Unlock()
-		return &StateError{ID: id, Op: "set the timeout of", State: e.state}
+		return &StateError{ID: id, Op: "change the timeout of", State: e.state}
 	}
-	e.extend(now.Add(d), true)
+	e.extend(now.Add(d), shorten)
 	e.active = now
 	e.stopPreparing(now, m.ahead(e.row.MemoryBytes))
 	e.mu.Unlock()

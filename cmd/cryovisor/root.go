@@ -20,6 +20,6 @@ followed by p, look at the snapshot ('inspect'), and go on ('resume').`,
 	}
 	cmd.CompletionOptions.HiddenDefaultCmd = true
 	cmd.AddCommand(newDemoCommand(), newDemoStageCommand(), newKeygenCommand(), newRunCommand(),
-		newResumeCommand(), newDiskCommand(), newInspectCommand(), newVerifyCommand())
+		newResumeCommand(), newDiskCommand(), newInspectCommand(), newVerifyCommand(), newServeCommand(), newAPIKeyCommand())
 	return cmd
 }
