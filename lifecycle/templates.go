@@ -195,7 +195,7 @@ func (m *Manager) CreateTemplate(ctx context.Context, cfg TemplateConfig) (Templ
 	if err != nil {
 		err = fmt.Errorf("template %q: %w", cfg.Name, err)
 	}
-	return info, errors.Join(err, l.machine.Discard())
+	return info, errors.Join(err, l.machine.Close()) // which leaves an overlay of the caller's if it is not stored
 }
 
 func (m *Manager) checkTemplate(cfg TemplateConfig) error {
