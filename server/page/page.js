@@ -99,6 +99,16 @@ function cell(row, text, kind) {
   return td;
 }
 
+// moment is a time from now; the exact one is its title.
+function moment(row, at) {
+  const td = cell(row, "");
+  if (!at) return;
+  const seconds = (Date.parse(at) - Date.now()) / 1000, size = Math.abs(seconds);
+  const [unit, of] = size < 90 ? ["second", 1] : size < 5400 ? ["minute", 60] : size < 129600 ? ["hour", 3600] : ["day", 86400];
+  td.textContent = new Intl.RelativeTimeFormat("en", { numeric: "always", style: "short" }).format(Math.round(seconds / of), unit);
+  td.title = new Date(at).toLocaleString();
+}
+
 function showSandboxes(sandboxes) {
   const focused = document.activeElement && document.activeElement.dataset.action;
   const rows = sandboxes.map((s) => {
@@ -108,8 +118,8 @@ function showSandboxes(sandboxes) {
     cell(row, s.state, s.state);
     cell(row, bytes(s.memoryMB * 1048576));
     cell(row, bytes(s.storedBytes || 0));
-    cell(row, new Date(s.startedAt).toLocaleString());
-    cell(row, s.state === "paused" ? "" : new Date(s.endAt).toLocaleString());
+    moment(row, s.startedAt);
+    moment(row, s.state === "paused" ? "" : s.endAt);
     cell(row, Object.entries(s.metadata).map(([k, v]) => k + "=" + v).join(", "), "meta");
     const actions = cell(row, "", "actions");
     if (s.state === "running") actions.append(button("Pause", s, () => call("POST", "/sandboxes/" + s.sandboxID + "/pause", {})));
@@ -153,17 +163,17 @@ function element(name, attributes, text) {
   return e;
 }
 
-// draw plots points {at, value, kind, title} over the last hour, on a logarithmic scale.
-function draw(into, label, points, format) {
+// draw plots points {at, value, kind, title} over the last hour, on a logarithmic scale with a base.
+function draw(into, label, points, base, format) {
   const svg = element("svg", { viewBox: `0 0 ${chart.width} ${chart.height}`, role: "img", "aria-label": label + ": " + points.length + " points" });
-  const values = points.map((p) => Math.max(p.value, 1e-3));
-  const low = 10 ** Math.floor(Math.log10(Math.min(...values, 1))), high = 10 ** Math.ceil(Math.log10(Math.max(...values, low * 10)));
+  const values = points.length ? points.map((p) => Math.max(p.value, 1e-3)) : [1];
+  const log = (v) => Math.log(v) / Math.log(base);
+  const from = Math.floor(log(Math.min(...values)) + 1e-9), to = Math.max(from + 1, Math.ceil(log(Math.max(...values)) - 1e-9));
   const bottom = chart.height - chart.bottom;
-  const y = (v) => bottom - (bottom - chart.top) * (Math.log10(Math.max(v, low)) - Math.log10(low)) / (Math.log10(high) - Math.log10(low));
+  const y = (v) => bottom - (bottom - chart.top) * (log(Math.max(v, base ** from)) - from) / (to - from);
   const now = Date.now(), x = (t) => chart.left + (chart.width - chart.left - chart.right) * (1 - (now - t) / 3600000);
-  const decades = Math.round(Math.log10(high / low)), step = Math.ceil(decades / 4);
-  for (let i = 0; i <= decades; i += step) {
-    const v = low * 10 ** i;
+  for (let i = from; i <= to; i += Math.ceil((to - from) / 4)) {
+    const v = base ** i;
     svg.append(element("line", { class: "axis", x1: chart.left, x2: chart.width - chart.right, y1: y(v), y2: y(v) }));
     svg.append(element("text", { x: chart.left - 6, y: y(v) + 4, "text-anchor": "end" }, format(v)));
   }
@@ -181,12 +191,12 @@ function draw(into, label, points, format) {
 
 function showTimes(activity) {
   const point = (kind) => (e) => ({ at: Date.parse(e.time), value: e.tookMS, kind, title: kind + " of " + e.sandboxID + ": " + milliseconds(e.tookMS) });
-  draw($("times"), "Times of pauses and resumes", [...pauses(activity).map(point("pause")), ...resumes(activity).map(point("resume"))], milliseconds);
+  draw($("times"), "Times of pauses and resumes", [...pauses(activity).map(point("pause")), ...resumes(activity).map(point("resume"))], 10, milliseconds);
 }
 
 function showSizes(activity) {
   draw($("sizes"), "Sizes of snapshots", pauses(activity).map((e) => (
-    { at: Date.parse(e.time), value: e.storedBytes, kind: "pause", title: e.sandboxID + ": " + bytes(e.storedBytes) })), bytes);
+    { at: Date.parse(e.time), value: e.storedBytes, kind: "pause", title: e.sandboxID + ": " + bytes(e.storedBytes) })), 16, bytes);
 }
 
 $("enter").addEventListener("submit", (event) => {
