@@ -5,12 +5,17 @@ package bench
 import (
 	"context"
 	"fmt"
+	"net/http/httptest"
 	"slices"
 	"testing"
 	"time"
 
+	"golang.org/x/time/rate"
+
 	"github.com/cryovisor/cryovisor/internal/testvm"
 	"github.com/cryovisor/cryovisor/lifecycle"
+	"github.com/cryovisor/cryovisor/server"
+	"github.com/cryovisor/cryovisor/server/client"
 	"github.com/cryovisor/cryovisor/vmm"
 )
 
@@ -42,36 +47,83 @@ func newManager(b *testing.B) *lifecycle.Manager {
 	return m
 }
 
-// BenchmarkSandbox is the life of a sandbox through the Manager, the catalog's writes included.
+// stopwatch collects times by what they are of.
+type stopwatch struct {
+	b     *testing.B
+	times map[string][]time.Duration
+}
+
+func newStopwatch(b *testing.B) *stopwatch {
+	return &stopwatch{b: b, times: make(map[string][]time.Duration)}
+}
+
+func (s *stopwatch) time(what string, do func() error) {
+	began := time.Now()
+	if err := do(); err != nil {
+		s.b.Fatal(err)
+	}
+	s.times[what] = append(s.times[what], time.Since(began))
+}
+
+func (s *stopwatch) report() {
+	for what, all := range s.times {
+		slices.Sort(all)
+		s.b.ReportMetric(ms(all[len(all)/2]), what+"-ms")
+		s.b.ReportMetric(ms(all[len(all)*99/100]), what+"-p99-ms")
+	}
+	s.b.ReportMetric(0, "ns/op")
+}
+
+// BenchmarkSandbox is the life of a sandbox, the catalog's writes included: through the Manager, and through the API over HTTP.
 func BenchmarkSandbox(b *testing.B) {
 	needKVM(b)
-	m := newManager(b)
-	times := make(map[string][]time.Duration)
-	timed := func(what string, do func() error) {
-		began := time.Now()
-		if err := do(); err != nil {
-			b.Fatal(err)
+	b.Run("library", func(b *testing.B) {
+		m := newManager(b)
+		watch := newStopwatch(b)
+		for b.Loop() {
+			var s *lifecycle.Sandbox
+			watch.time("create", func() (err error) {
+				s, err = m.Create(b.Context(), lifecycle.CreateOptions{Template: "base"})
+				return err
+			})
+			for range 2 {
+				watch.time("pause", func() error { _, err := s.Pause(b.Context()); return err })
+				watch.time("connect", func() error { _, _, err := s.Connect(b.Context(), lifecycle.ConnectOptions{}); return err })
+			}
+			watch.time("kill", func() error { return s.Kill(b.Context()) })
 		}
-		times[what] = append(times[what], time.Since(began))
-	}
-	for b.Loop() {
-		var s *lifecycle.Sandbox
-		timed("create", func() (err error) {
-			s, err = m.Create(b.Context(), lifecycle.CreateOptions{Template: "base"})
-			return err
-		})
-		for range 2 {
-			timed("pause", func() error { _, err := s.Pause(b.Context()); return err })
-			timed("connect", func() error { _, _, err := s.Connect(b.Context(), lifecycle.ConnectOptions{}); return err })
+		watch.report()
+	})
+	b.Run("http", func(b *testing.B) {
+		c := newClient(b, newManager(b))
+		watch := newStopwatch(b)
+		for b.Loop() {
+			var s client.Sandbox
+			watch.time("create", func() (err error) { s, err = c.Create(b.Context(), client.CreateOptions{}); return err })
+			for range 2 {
+				watch.time("pause", func() error { return c.Pause(b.Context(), s.ID) })
+				watch.time("connect", func() error { _, _, err := c.Connect(b.Context(), s.ID, 0); return err })
+			}
+			watch.time("kill", func() error { return c.Kill(b.Context(), s.ID) })
 		}
-		timed("kill", func() error { return s.Kill(b.Context()) })
-	}
-	for what, all := range times {
-		slices.Sort(all)
-		b.ReportMetric(ms(all[len(all)/2]), what+"-ms")
-		b.ReportMetric(ms(all[len(all)*99/100]), what+"-p99-ms")
-	}
-	b.ReportMetric(0, "ns/op")
+		watch.report()
+	})
+}
+
+// newClient serves a Manager over loopback.
+func newClient(b *testing.B, m *lifecycle.Manager) *client.Client {
+	b.Helper()
+	keys, err := server.OpenKeys(b.Context(), newDir(b))
+	check(b, err)
+	b.Cleanup(func() { check(b, keys.Close()) })
+	_, key, err := keys.Create(b.Context(), "bench")
+	check(b, err)
+	s, err := server.New(server.Config{Manager: m, Keys: keys, Rate: rate.Inf})
+	check(b, err)
+	b.Cleanup(s.Close)
+	listening := httptest.NewServer(s)
+	b.Cleanup(listening.Close)
+	return &client.Client{URL: listening.URL, Key: key}
 }
 
 // BenchmarkSandboxes has 200 paused and 20 running sandboxes of 128 MiB at once, and connects to those that are paused.
@@ -93,28 +145,16 @@ func BenchmarkSandboxes(b *testing.B) {
 	if err != nil || len(page.Sandboxes) != 200 {
 		b.Fatalf("%d paused, %v", len(page.Sandboxes), err)
 	}
-	var connects, pauses []time.Duration
+	watch := newStopwatch(b)
 	i := 0
 	for b.Loop() {
 		id := page.Sandboxes[i%200].ID
 		i++
-		began := time.Now()
-		if _, _, err := m.Connect(b.Context(), id, lifecycle.ConnectOptions{}); err != nil {
-			b.Fatal(err)
-		}
-		connects = append(connects, time.Since(began))
-		began = time.Now()
-		if _, err := m.Pause(b.Context(), id); err != nil {
-			b.Fatal(err)
-		}
-		pauses = append(pauses, time.Since(began))
+		watch.time("connect", func() error { _, _, err := m.Connect(b.Context(), id, lifecycle.ConnectOptions{}); return err })
+		watch.time("pause", func() error { _, err := m.Pause(b.Context(), id); return err })
 	}
-	slices.Sort(connects)
-	slices.Sort(pauses)
-	b.ReportMetric(ms(connects[len(connects)/2]), "connect-ms")
-	b.ReportMetric(ms(pauses[len(pauses)/2]), "pause-ms")
+	watch.report()
 	b.ReportMetric(float64(m.Metrics().StoredBytes>>10)/220, "stored-KiB/sandbox")
-	b.ReportMetric(0, "ns/op")
 }
 
 // BenchmarkList lists 10,000 paused sandboxes: all at once, and in pages of 100.
