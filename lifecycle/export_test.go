@@ -1,6 +1,9 @@
 package lifecycle
 
-import "github.com/cryovisor/cryovisor/blockdev"
+import (
+	"github.com/cryovisor/cryovisor/blockdev"
+	"github.com/cryovisor/cryovisor/snapshot"
+)
 
 // ParseDisks is what reads the section of disks.
 var ParseDisks = parseDisks
@@ -27,3 +30,12 @@ var (
 	MarshalWorkingSet = marshalWorkingSet
 	ParseWorkingSet   = parseWorkingSet
 )
+
+// Greeting is what a process says that has, or wants, an image.
+func Greeting(id snapshot.ID, size uint64) []byte { return greeting{id, size}.marshal() }
+
+// ParseGreeting parses one and makes it again.
+func ParseGreeting(b []byte) ([]byte, error) {
+	g, err := parseGreeting(b)
+	return g.marshal(), err
+}
