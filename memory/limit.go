@@ -10,7 +10,7 @@ import (
 const MinLimit = 4 << 20
 
 // Shares of a limit. Prefetches stop below what the image is cut to, so that they never
-// cause a cut by and by; and the youngest stay, so that a thread that waited for
+// cause a cut; and the youngest stay, so that a thread that waited for
 // a page gets to touch it.
 const (
 	cutTo      = 8 // the limit, less an eighth
