@@ -32,7 +32,7 @@ import (
 const envShare = "CRYOVISOR_LIFECYCLE_SHARE"
 
 // shareMemory is the RAM of the guests here.
-const shareMemory = 16 << 20
+const shareMemory = 8 << 20
 
 // A shareJob is a machine of a snapshot in a process of its own.
 type shareJob struct {
@@ -47,7 +47,7 @@ type shareJob struct {
 // shareGuest is a snapshot of a guest that has worked.
 func shareGuest(t *testing.T) (*guest, shareJob) {
 	t.Helper()
-	g := newGuest(t, testvm.WorkerConfig{Memory: shareMemory, WorkingSet: 4 << 20})
+	g := newGuest(t, testvm.WorkerConfig{Memory: shareMemory, WorkingSet: 1 << 20})
 	m := g.boot(t, testvm.NoLimit)
 	g.work(t, m, 5)
 	job := shareJob{
@@ -103,7 +103,7 @@ func (j shareJob) clone(t *testing.T, g *guest, tpl *lifecycle.Template, opts li
 	if err := errors.Join(m.Resume(), m.WaitPrefetch(t.Context())); err != nil {
 		t.Fatal(err)
 	}
-	c.work(t, m, 20)
+	c.work(t, m, 5)
 	return c, m
 }
 
@@ -117,7 +117,7 @@ func TestShareProcess(t *testing.T) {
 	if err := json.Unmarshal([]byte(arg), &job); err != nil {
 		t.Fatal(err)
 	}
-	g := newGuest(t, testvm.WorkerConfig{Memory: shareMemory, WorkingSet: 4 << 20})
+	g := newGuest(t, testvm.WorkerConfig{Memory: shareMemory, WorkingSet: 1 << 20})
 	store, err := snapshot.OpenStore(job.Store)
 	if err != nil {
 		t.Fatal(err)
@@ -246,7 +246,7 @@ func TestShare(t *testing.T) {
 				t.Errorf("the image takes %d bytes, took %d", n, blocks)
 			}
 			stop() // who has the image keeps it
-			c.work(t, m, 200)
+			c.work(t, m, 50)
 			if n, err := m.Reclaim(t.Context()); n != 0 || err != nil {
 				t.Errorf("%d bytes taken out of an image that another process has, %v", n, err)
 			}
@@ -256,7 +256,7 @@ func TestShare(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			c.work(t, m, 20)
+			c.work(t, m, 5)
 			c.compare(t, m)
 			closeMachine(t, m)
 			if err := tpl.Close(); err != nil {
@@ -279,7 +279,7 @@ func TestShareOutlives(t *testing.T) {
 	defer tpl.Close()
 	c, m := job.clone(t, g, tpl, lifecycle.ResumeOptions{})
 	owner.end(t, true)
-	c.work(t, m, 200)
+	c.work(t, m, 50)
 	if n, err := m.Reclaim(t.Context()); n != 0 || err != nil {
 		t.Errorf("an adopter took %d bytes out, %v", n, err)
 	}
