@@ -71,3 +71,12 @@ func Prepared(m *Manager, id string) bool {
 	defer e.leave()
 	return e.live.preparation != nil
 }
+
+// Greeting is what a process says that has, or wants, an image.
+func Greeting(id snapshot.ID, size uint64) []byte { return greeting{id, size}.marshal() }
+
+// ParseGreeting parses one and makes it again.
+func ParseGreeting(b []byte) ([]byte, error) {
+	g, err := parseGreeting(b)
+	return g.marshal(), err
+}
