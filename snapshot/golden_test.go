@@ -166,14 +166,20 @@ func (v *vector) run(t *testing.T) {
 	}
 }
 
-// damaged returns a store with what the snapshot needs, and the edits done.
+// damaged returns a store with what the snapshot and the edits need, and the edits done. Nothing else may be missing: that
+// would be damage too.
 func (v *vector) damaged(t *testing.T) (dir string) {
 	dir = t.TempDir()
-	names := []string{manifestName(v.ID)}
+	manifests := []string{manifestName(v.ID)}
 	for _, e := range v.Edits {
-		names = append(names, e.File, e.Copy)
+		manifests = append(manifests, e.File, e.Copy)
 	}
-	if b, err := os.ReadFile(filepath.Join(goldenStore, names[0])); err == nil {
+	names := slices.Clone(manifests)
+	for _, name := range manifests {
+		b, err := os.ReadFile(filepath.Join(goldenStore, name))
+		if err != nil || !strings.HasSuffix(name, manifestExt) {
+			continue
+		}
 		h, err := parseHeader(b)
 		if err != nil {
 			t.Fatal(err)
