@@ -19,7 +19,6 @@ import (
 	"github.com/chromedp/cdproto/page"
 	"github.com/chromedp/cdproto/runtime"
 	"github.com/chromedp/chromedp"
-
 )
 
 // browser is a headless browser, and what went wrong in it.
@@ -152,4 +151,3 @@ func shoot(t *testing.T, b *browser, name string) {
 		}
 	}
 }
-
