@@ -1,5 +1,5 @@
 // Package secondreader reads snapshots by what docs/FORMAT.md says and by nothing else: it was written before its author
-// had seen package snapshot, and imports nothing of this project. Tests hold the two readers against each other; where
+// had seen package snapshot, changed since only where the document was, and imports nothing of this project. Tests hold the two readers against each other; where
 // they differ, the document is wrong or one of them is.
 //
 // It is no reader for use: it is as short as it can be, holds packs' chunks in memory one at a time, and is slow.
