@@ -36,7 +36,7 @@ func (m *Manager) Create(ctx context.Context, opts CreateOptions) (*Sandbox, err
 		AutoResume: opts.AutoResume, Metadata: clone(opts.Metadata),
 	}, began)
 	if err != nil {
-		return nil, fmt.Errorf("create a sandbox of template %s: %w", t.id, err)
+		return nil, fmt.Errorf("create a sandbox of template %s: %w", t.id, t.explain(err))
 	}
 	return &Sandbox{manager: m, id: e.id}, nil
 }

@@ -65,6 +65,16 @@ func (t *template) info() TemplateInfo {
 	}
 }
 
+// explain is why a sandbox could not be made: whatever the error is, there may be no such template any more.
+func (t *template) explain(err error) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.deleted {
+		return ErrNotFound
+	}
+	return err
+}
+
 // close gives up what is opened. Machines go on.
 func (t *template) close() error {
 	t.mu.Lock()
