@@ -91,6 +91,7 @@ func TestModel(t *testing.T) {
 			m.restart()
 		}
 	}
+	m.round(0) // so that something has happened that no crash has tidied up
 	m.finish()
 	t.Logf("%d operations, %d crashes", m.ops, m.crash)
 }
