@@ -508,7 +508,13 @@ func (m *model) settle(b *box, s lifecycle.SandboxInfo, there bool) {
 		*b = box{}
 		return
 	}
-	b.running, b.stored, b.pending, b.paused = false, stored, "", s.Expires.Add(-lifecycle.DefaultRetention)
+	// One that ran is as if it had been paused now: it was not forgotten until then.
+	since := s.Expires.Add(-lifecycle.DefaultRetention)
+	resuming := b.pending == "connect" || b.pending == "resume"
+	if wasPaused := !b.running && since.Equal(b.paused); !wasPaused && (!since.Equal(m.now) || !b.running && !resuming) {
+		m.t.Errorf("%+v, at %v, is kept until %v", *b, m.now, s.Expires)
+	}
+	b.running, b.stored, b.pending, b.paused = false, stored, "", since
 }
 
 // reconcileKept does the same with checkpoints.
