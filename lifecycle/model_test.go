@@ -76,7 +76,11 @@ func envInt(name string, absent int) int {
 func TestModel(t *testing.T) {
 	needKVM(t)
 	seed := envInt("CRYOVISOR_MODEL_SEED", int(time.Now().UnixNano()%1e9))
-	total := envInt("CRYOVISOR_MODEL_OPS", modelOps)
+	total := modelOps
+	if testing.Short() {
+		total /= 3
+	}
+	total = envInt("CRYOVISOR_MODEL_OPS", total)
 	t.Logf("seed %d, %d operations", seed, total)
 	m := &model{
 		t: t, dir: t.TempDir(), rnd: rand.New(rand.NewPCG(uint64(seed), 0)), now: newFakeClock().now, next: 1, kept: make(map[string][]uint64),
