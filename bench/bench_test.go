@@ -3,6 +3,7 @@
 package bench
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -55,22 +56,31 @@ type rig struct {
 	reports atomic.Int64
 }
 
-func newRig(b *testing.B, ram, workingSet uint64) *rig {
+func needKVM(b *testing.B) {
 	b.Helper()
 	if _, err := vmm.Probe(); errors.Is(err, vmm.ErrNoKVM) || errors.Is(err, vmm.ErrPermission) {
 		b.Skip(err)
 	} else if err != nil {
 		b.Fatal(err)
 	}
-	dir := os.Getenv("CRYOVISOR_BENCH_DIR")
-	if dir == "" {
-		dir = "/dev/shm"
-	}
-	dir, err := os.MkdirTemp(dir, "cryovisor-bench-")
+}
+
+// newDir makes a directory for what is measured, until the benchmark is over.
+func newDir(b *testing.B) string {
+	b.Helper()
+	dir, err := os.MkdirTemp(cmp.Or(os.Getenv("CRYOVISOR_BENCH_DIR"), "/dev/shm"), "cryovisor-bench-")
 	if err != nil {
 		b.Fatal(err)
 	}
 	b.Cleanup(func() { _ = os.RemoveAll(dir) })
+	return dir
+}
+
+func newRig(b *testing.B, ram, workingSet uint64) *rig {
+	b.Helper()
+	needKVM(b)
+	dir := newDir(b)
+	var err error
 	r := &rig{b: b, states: make(map[snapshot.ID][]testvm.VCPUState)}
 	r.worker, err = testvm.NewWorker(testvm.WorkerConfig{
 		Memory: ram, Seed: seed, Every: every, WorkingSet: workingSet, AVX2: cpu.X86.HasAVX2,

@@ -4,7 +4,6 @@ package bench
 
 import (
 	"bytes"
-	"cmp"
 	"errors"
 	"io"
 	"math/rand/v2"
@@ -109,9 +108,7 @@ type diskLab struct {
 
 func newDiskLab(b *testing.B) *diskLab {
 	b.Helper()
-	dir, err := os.MkdirTemp(cmp.Or(os.Getenv("CRYOVISOR_BENCH_DIR"), "/dev/shm"), "cryovisor-bench-")
-	check(b, err)
-	b.Cleanup(func() { _ = os.RemoveAll(dir) })
+	dir := newDir(b)
 	program, err := testvm.ProgramCorpus()
 	check(b, err)
 	l := &diskLab{dir: dir, corpus: testvm.NewCorpus(seed, program), rnd: rand.New(rand.NewPCG(seed, 0))}

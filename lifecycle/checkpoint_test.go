@@ -51,7 +51,7 @@ func TestCheckpoint(t *testing.T) {
 	checkLeaks(t)
 	for _, from := range []string{"boot", "lazy", "eager"} {
 		t.Run(from, func(t *testing.T) {
-			g := newGuest(t, testvm.WorkerConfig{Memory: 64 << 20, VCPUs: 2})
+			g := newGuest(t, testvm.WorkerConfig{Memory: scaled(64 << 20), VCPUs: 2})
 			m := g.boot(t, testvm.NoLimit)
 			parent := snapshot.ID{}
 			if from != "boot" {

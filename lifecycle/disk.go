@@ -198,14 +198,18 @@ func (m *machineDisk) closeBase() error {
 
 // close gives the disk back. The overlay's file is removed if a snapshot has all that is in it, or there is nothing.
 func (m *machineDisk) close() error {
+	if m.overlay == nil || m.durable && m.writes == m.overlay.Writes() {
+		return m.remove()
+	}
+	return errors.Join(m.overlay.Close(), m.closeBase())
+}
+
+// remove gives the disk back, and removes the overlay's file.
+func (m *machineDisk) remove() error {
 	if m.overlay == nil {
 		return m.closeBase()
 	}
-	end := m.overlay.Close
-	if m.durable && m.writes == m.overlay.Writes() {
-		end = m.overlay.Remove
-	}
-	return errors.Join(end(), m.closeBase())
+	return errors.Join(m.overlay.Remove(), m.closeBase())
 }
 
 // hardware adds the disks to those of the embedder's, before them, without changing the embedder's.

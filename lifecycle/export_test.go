@@ -1,6 +1,15 @@
 package lifecycle
 
-import "github.com/cryovisor/cryovisor/blockdev"
+import (
+	"context"
+	"io"
+	"path/filepath"
+	"time"
+
+	"github.com/cryovisor/cryovisor/blockdev"
+	"github.com/cryovisor/cryovisor/internal/catalog"
+	"github.com/cryovisor/cryovisor/snapshot"
+)
 
 // ParseDisks is what reads the section of disks.
 var ParseDisks = parseDisks
@@ -27,3 +36,47 @@ var (
 	MarshalWorkingSet = marshalWorkingSet
 	ParseWorkingSet   = parseWorkingSet
 )
+
+// Console is where the output of a sandbox that runs goes.
+func Console(m *Manager, id string) io.Writer { return m.sandboxes.byID[id].live.console }
+
+// SnapshotOf is the snapshot of a sandbox in a directory that no Manager has; zero if there is none.
+func SnapshotOf(ctx context.Context, dir, sandbox string) (id snapshot.ID, err error) {
+	c, err := catalog.Open(filepath.Join(dir, catalogFile))
+	if err != nil {
+		return id, err
+	}
+	defer c.Close()
+	rows, err := c.Sandboxes(ctx)
+	for _, row := range rows {
+		if row.ID == sandbox {
+			return snapshot.ParseID(row.Snapshot)
+		}
+	}
+	return id, err
+}
+
+// Watched is when the guest of a sandbox that runs was last looked at.
+func Watched(m *Manager, id string) time.Time {
+	e := m.sandboxes.byID[id]
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.live.watched.at
+}
+
+// Prepared says whether the pause of a sandbox that runs is prepared.
+func Prepared(m *Manager, id string) bool {
+	e := m.sandboxes.byID[id]
+	e.turn <- struct{}{}
+	defer e.leave()
+	return e.live.preparation != nil
+}
+
+// Greeting is what a process says that has, or wants, an image.
+func Greeting(id snapshot.ID, size uint64) []byte { return greeting{id, size}.marshal() }
+
+// ParseGreeting parses one and makes it again.
+func ParseGreeting(b []byte) ([]byte, error) {
+	g, err := parseGreeting(b)
+	return g.marshal(), err
+}

@@ -236,7 +236,12 @@ func (m *Machine) Reclaim(ctx context.Context) (freed uint64, err error) {
 // Close ends the machine and gives everything back. A Pause, Checkpoint or Prepare under way is given up. It may be called more than
 // once. The file with what the machine has changed on a disk is removed if a snapshot
 // has all of that; otherwise it stays, flushed, for somebody to use or to remove.
-func (m *Machine) Close() error {
+func (m *Machine) Close() error { return m.end((*machineDisk).close) }
+
+// Discard is Close for a machine that nobody wants back: what it has changed on its disks is removed in any case.
+func (m *Machine) Discard() error { return m.end((*machineDisk).remove) }
+
+func (m *Machine) end(endDisk func(*machineDisk) error) error {
 	m.giveUp(vmm.ErrClosed)
 	m.pausing.Lock() // what a Pause reads must not go away under it
 	defer m.pausing.Unlock()
@@ -247,7 +252,7 @@ func (m *Machine) Close() error {
 		errs = append(errs, m.VM.Close())
 	}
 	for _, d := range m.disks {
-		errs = append(errs, d.close())
+		errs = append(errs, endDisk(d))
 	}
 	m.disks = nil
 	if m.base != nil && m.base != m.origin {

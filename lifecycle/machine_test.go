@@ -34,6 +34,15 @@ type guest struct {
 	reports atomic.Int64
 }
 
+// scaled is the size of memory for a test that compares all of it again and again: with -short, as for the race detector, it
+// has as many cases, and a quarter to compare in each.
+func scaled(size uint64) uint64 {
+	if testing.Short() {
+		return size / 4
+	}
+	return size
+}
+
 // newGuest describes a guest of the given RAM; it skips the test where there is
 // no KVM.
 func newGuest(t *testing.T, cfg testvm.WorkerConfig) *guest {
@@ -160,7 +169,7 @@ func TestPauseResume(t *testing.T) {
 	for _, vcpus := range []int{1, 2} {
 		for _, eager := range []bool{false, true} {
 			t.Run(fmt.Sprintf("vcpus=%d,eager=%v", vcpus, eager), func(t *testing.T) {
-				g := newGuest(t, testvm.WorkerConfig{Memory: 64 << 20, VCPUs: vcpus})
+				g := newGuest(t, testvm.WorkerConfig{Memory: scaled(64 << 20), VCPUs: vcpus})
 				m := g.boot(t, testvm.NoLimit)
 				g.work(t, m, 20)
 				p := g.pause(t, m)

@@ -1,10 +1,20 @@
 package lifecycle
 
 import (
+	"cmp"
 	"context"
 	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"sync"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
+	"github.com/cryovisor/cryovisor/internal/catalog"
+	"github.com/cryovisor/cryovisor/snapshot"
 	"github.com/cryovisor/cryovisor/vmm"
 )
 
@@ -32,7 +42,7 @@ type ManagerOptions struct {
 	// PrepareAhead is how long before a pause by timeout its preparation begins; 0 means some seconds, by the sandbox's memory; less than 0 means
 	// that such pauses are not prepared.
 	PrepareAhead time.Duration
-	// WatchGuest counts as activity, for IdleTimeout, what guests do: use of their vCPUs beyond a thousandth... and traffic on virtio-net and vsock.
+	// WatchGuest counts as activity, for IdleTimeout, what guests do: see watch.go for what is much.
 	WatchGuest bool
 	// OnClose is what Close does with sandboxes that run; empty means ActionPause.
 	OnClose Action
@@ -70,177 +80,301 @@ type Connection struct {
 //
 // What is acknowledged is durable: when Pause has returned the sandbox can be connected to after any crash, and when Kill has, it is gone. A process
 // that dies takes with it what ran: such sandboxes are what they were at their last completed pause, or gone if there was none.
-type Manager struct{}
+type Manager struct {
+	dir     string
+	opts    ManagerOptions
+	clock   Clock
+	keys    KeyProvider
+	lock    *os.File
+	store   *snapshot.Store
+	catalog *catalog.Catalog
+	stored  *holdings
+	alarms  *alarms
+	events  broker
+	meter   meter
 
-var errTODO = errors.New("not yet")
+	// sealing is held for reading while a key is sealed and written, and for writing while all are sealed anew.
+	sealing sync.RWMutex
+
+	ctx  context.Context // of what goes on by itself; ended by Close
+	quit context.CancelFunc
+	work sync.WaitGroup // what goes on by itself
+
+	closing  context.Context // ended when Close begins
+	refuse   context.CancelCauseFunc
+	creating sync.WaitGroup // calls that make sandboxes or templates
+
+	ending sync.Mutex // held by Close
+
+	mu        sync.Mutex
+	closed    bool
+	sandboxes sandboxes
+	templates map[string]*template // by id
+	running   int                  // sandboxes that run, are about to, or have not ended yet
+}
+
+// The parts of a data directory.
+const (
+	lockFile    = "lock"
+	catalogFile = "catalog.db"
+	keysDir     = "keys"
+	masterFile  = "master.txt"
+	storeDir    = "store"
+	disksDir    = "disks"
+)
 
 // OpenManager opens a data directory, makes what is missing, and brings what a crash has left into order. Only one Manager at a time may have a
 // directory: another gets ErrLocked.
 func OpenManager(ctx context.Context, dir string, opts ManagerOptions) (*Manager, error) {
-	return nil, errTODO
+	abs, err := filepath.Abs(dir)
+	if err != nil {
+		return nil, err
+	}
+	m := newManager(abs, opts)
+	if err := m.open(ctx); err != nil {
+		return nil, errors.Join(fmt.Errorf("open data directory %s: %w", abs, err), m.release())
+	}
+	m.alarms.start(m.alarm)
+	return m, nil
 }
+
+func newManager(dir string, opts ManagerOptions) *Manager {
+	opts.Retention = cmp.Or(opts.Retention, DefaultRetention)
+	opts.OnClose = cmp.Or(opts.OnClose, ActionPause)
+	m := &Manager{dir: dir, opts: opts, clock: opts.Clock, keys: opts.Keys, templates: make(map[string]*template)}
+	if m.clock == nil {
+		m.clock = SystemClock{}
+	}
+	m.sandboxes.byID = make(map[string]*entry)
+	m.ctx, m.quit = context.WithCancel(context.Background())
+	m.closing, m.refuse = context.WithCancelCause(context.Background())
+	m.alarms = newAlarms(m.clock)
+	return m
+}
+
+func (m *Manager) open(ctx context.Context) error {
+	if err := checkOptions(m.opts); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(m.dir, 0o700); err != nil {
+		return err
+	}
+	if err := m.openParts(); err != nil {
+		return err
+	}
+	return m.recover(ctx)
+}
+
+// openParts opens what lies in the directory.
+func (m *Manager) openParts() (err error) {
+	if m.lock, err = lockDir(filepath.Join(m.dir, lockFile)); err != nil {
+		return err
+	}
+	if m.keys == nil {
+		if m.keys, err = OpenLocalKeys(filepath.Join(m.dir, keysDir, masterFile)); err != nil {
+			return err
+		}
+	}
+	if m.store, err = snapshot.OpenStore(filepath.Join(m.dir, storeDir)); err != nil {
+		return err
+	}
+	if m.catalog, err = catalog.Open(filepath.Join(m.dir, catalogFile)); err != nil {
+		return err
+	}
+	m.stored = newHoldings(m.store)
+	return nil
+}
+
+func checkOptions(o ManagerOptions) error {
+	switch {
+	case o.Retention < 0:
+		return fmt.Errorf("%w: a retention of %v", ErrInvalid, o.Retention)
+	case o.Limits.Running < 0 || o.Limits.Paused < 0:
+		return fmt.Errorf("%w: limits of %d running and %d paused sandboxes", ErrInvalid, o.Limits.Running, o.Limits.Paused)
+	}
+	return checkAction(o.OnClose)
+}
+
+// release gives back what open has taken.
+func (m *Manager) release() error {
+	m.quit()
+	m.refuse(nil)
+	var errs []error
+	for _, t := range m.templates {
+		errs = append(errs, t.close())
+	}
+	if m.catalog != nil {
+		errs = append(errs, m.catalog.Close())
+	}
+	if m.lock != nil {
+		errs = append(errs, m.lock.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// closeAtOnce is how many sandboxes Close pauses at the same time. Each uses all processors; while one waits for the disk, another does not.
+const closeAtOnce = 2
 
 // Close ends the Manager, and first pauses or kills what runs, as the options say. If ctx ends before all are paused, those that are not stay as at their
 // last completed pause. It is idempotent.
-func (m *Manager) Close(ctx context.Context) error { return errTODO }
+func (m *Manager) Close(ctx context.Context) error {
+	m.ending.Lock()
+	defer m.ending.Unlock()
+	m.mu.Lock()
+	again := m.closed
+	m.closed = true
+	m.mu.Unlock()
+	if again {
+		return nil
+	}
+	m.refuse(ErrManagerClosed)
+	m.creating.Wait()
+	m.alarms.stop()
+	m.mu.Lock()
+	all := m.sandboxes.all()
+	m.mu.Unlock()
+	var group errgroup.Group
+	group.SetLimit(closeAtOnce)
+	errs := make([]error, len(all))
+	for i, e := range all {
+		group.Go(func() error {
+			errs[i] = m.closeSandbox(ctx, e)
+			return nil
+		})
+	}
+	_ = group.Wait()
+	m.quit()
+	m.work.Wait()
+	m.events.close()
+	return errors.Join(errors.Join(errs...), m.release())
+}
 
-// Create makes a sandbox of a template, and lets it run. Errors: ErrNotFound if there is no such template, *LimitError, ErrInvalid; host errors as
-// those of Template.Resume.
-func (m *Manager) Create(ctx context.Context, opts CreateOptions) (*Sandbox, error) {
-	return nil, errTODO
+// closeSandbox pauses or kills a sandbox, and in any case ends its machine.
+func (m *Manager) closeSandbox(ctx context.Context, e *entry) error {
+	// What is under way is not waited for if ctx has ended.
+	if err := e.enter(ctx); err != nil {
+		e.interrupt(ErrManagerClosed)
+		if err := e.enter(context.WithoutCancel(ctx)); err != nil {
+			return nil // it was deleted
+		}
+	}
+	defer e.leave()
+	if e.live == nil {
+		return nil
+	}
+	var err error
+	if m.opts.OnClose == ActionKill {
+		err = m.delete(context.WithoutCancel(ctx), e, ReasonClose)
+	} else {
+		_, err = m.pause(ctx, e, ReasonClose)
+	}
+	if e.live != nil {
+		err = errors.Join(err, m.discardMachine(e))
+	}
+	return err
+}
+
+// call begins a call that makes something. Close interrupts it, by its context, and waits until done is called.
+func (m *Manager) call(ctx context.Context) (begun context.Context, done func(), err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.closed {
+		return nil, nil, ErrManagerClosed
+	}
+	m.creating.Add(1)
+	begun, cancel := context.WithCancelCause(ctx)
+	stop := context.AfterFunc(m.closing, func() { cancel(ErrManagerClosed) })
+	return begun, func() {
+		stop()
+		cancel(nil)
+		m.creating.Done()
+	}, nil
+}
+
+// find returns the sandbox with an id.
+func (m *Manager) find(id string) (*entry, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.closed {
+		return nil, ErrManagerClosed
+	}
+	e := m.sandboxes.byID[id]
+	if e == nil || m.expired(e) {
+		return nil, fmt.Errorf("sandbox %q: %w", id, ErrNotFound)
+	}
+	return e, nil
+}
+
+// expired says whether a sandbox's retention has ended, whether or not it was deleted already.
+func (m *Manager) expired(e *entry) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.gone(m.clock.Now())
+}
+
+// transition returns the sandbox with an id when no other transition of it is under way. The caller must leave it.
+func (m *Manager) transition(ctx context.Context, id string) (*entry, error) {
+	e, err := m.find(id)
+	if err != nil {
+		return nil, err
+	}
+	if err := e.enter(ctx); err != nil {
+		return nil, err
+	}
+	// While it waited, what it waits for may have come to an end.
+	if _, err := m.find(id); err != nil {
+		e.leave()
+		return nil, err
+	}
+	return e, nil
 }
 
 // Sandbox returns a handle of a sandbox that exists.
-func (m *Manager) Sandbox(id string) (*Sandbox, error) { return nil, errTODO }
+func (m *Manager) Sandbox(id string) (*Sandbox, error) {
+	if _, err := m.find(id); err != nil {
+		return nil, err
+	}
+	return &Sandbox{manager: m, id: id}, nil
+}
 
 // Get describes a sandbox.
-func (m *Manager) Get(id string) (SandboxInfo, error) { return SandboxInfo{}, errTODO }
-
-// List lists sandboxes, the newest first. Errors: ErrInvalid for a token that is none.
-func (m *Manager) List(opts ListOptions) (Page, error) { return Page{}, errTODO }
-
-// Pause stores a sandbox that runs, and ends its machine. With an error it runs on. Errors: a *StateError for one that is paused (or about to be).
-func (m *Manager) Pause(ctx context.Context, id string) (SandboxInfo, error) {
-	return SandboxInfo{}, errTODO
-}
-
-// Connect has a sandbox run: one that does gets a longer timeout, never a shorter one; one that is paused is resumed; for one that is being
-// paused it waits, or, if that is because of a timeout, takes the pause back. resumed says whether it was paused.
-func (m *Manager) Connect(ctx context.Context, id string, opts ConnectOptions) (info SandboxInfo, resumed bool, err error) {
-	return SandboxInfo{}, false, errTODO
-}
-
-// Resume is Connect for a sandbox that must be paused: a *StateError for one that runs.
-func (m *Manager) Resume(ctx context.Context, id string, opts ConnectOptions) (SandboxInfo, error) {
-	return SandboxInfo{}, errTODO
-}
-
-// Kill ends a sandbox and deletes all that there is of it, its keys first. What forks and checkpoints of it need stays.
-func (m *Manager) Kill(ctx context.Context, id string) error { return errTODO }
-
-// SetTimeout sets the timeout of a sandbox that runs, from now, longer or shorter. Errors: a *StateError for one that is paused.
-func (m *Manager) SetTimeout(id string, d time.Duration) error { return errTODO }
-
-// Touch reports activity of a sandbox: its IdleTimeout begins anew. For one that is paused it does nothing.
-func (m *Manager) Touch(id string) error { return errTODO }
-
-// Fork makes n new sandboxes of one, which goes on or stays paused: they begin as it is at one moment, with its options and metadata.
-// The error is that none could be made; a result has an error of its own.
-func (m *Manager) Fork(ctx context.Context, id string, n int, opts ConnectOptions) ([]ForkResult, error) {
-	return nil, errTODO
-}
-
-// Checkpoint keeps a sandbox as it is at one moment as a template, for Create. It goes on or stays paused. name may be empty. The checkpoint
-// stays until DeleteTemplate, also when the sandbox has been killed.
-func (m *Manager) Checkpoint(ctx context.Context, id, name string) (TemplateInfo, error) {
-	return TemplateInfo{}, errTODO
+func (m *Manager) Get(id string) (SandboxInfo, error) {
+	e, err := m.find(id)
+	if err != nil {
+		return SandboxInfo{}, err
+	}
+	return e.info(), nil
 }
 
 // Machine returns the machine of a sandbox that runs, for what is not the Manager's to do, such as looking at its statistics. It must not be paused,
 // closed or resumed. Errors: a *StateError for one that does not run.
-func (m *Manager) Machine(id string) (*Machine, error) { return nil, errTODO }
-
-// Logs returns the end of what the sandbox's guest has written to its console, at most 64 KiB, kept through pauses (in snapshots, encrypted), and the
-// offset of its first byte in all that it has written.
-func (m *Manager) Logs(id string) (offset int64, text []byte, err error) { return 0, nil, errTODO }
-
-// TemplateInfo describes a template or a checkpoint.
-type TemplateInfo struct {
-	ID          string            `json:"id"`
-	Name        string            `json:"name,omitempty"`
-	Owner       string            `json:"owner,omitempty"`  // empty: everybody's
-	Source      string            `json:"source,omitempty"` // a checkpoint's: the id of the sandbox
-	Created     time.Time         `json:"created"`
-	VCPUs       int               `json:"vcpus"`
-	MemoryBytes uint64            `json:"memory_bytes"`
-	DiskBytes   uint64            `json:"disk_bytes"`
-	StoredBytes uint64            `json:"stored_bytes"`
-	Labels      map[string]string `json:"labels,omitempty"` // the embedder's; checkpoints have their template's
+func (m *Manager) Machine(id string) (*Machine, error) {
+	e, err := m.find(id)
+	if err != nil {
+		return nil, err
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.live == nil {
+		return nil, &StateError{ID: id, Op: "use the machine of", State: e.state}
+	}
+	return e.live.machine, nil
 }
-
-// TemplateConfig describes a template to be made.
-type TemplateConfig struct {
-	Name   string // must not be in use
-	Owner  string // empty: for all
-	VM     vmm.Config
-	Disks  Disks // Dir is the Manager's
-	Labels map[string]string
-	// Ready, if not nil, waits until the guest has come so far that it is to be kept.
-	Ready func(ctx context.Context, m *Machine) error
-}
-
-// CreateTemplate boots a machine, waits until it is ready, and keeps it as a template.
-func (m *Manager) CreateTemplate(ctx context.Context, cfg TemplateConfig) (TemplateInfo, error) {
-	return TemplateInfo{}, errTODO
-}
-
-// Template describes the template or checkpoint with an id or a name.
-func (m *Manager) Template(idOrName string) (TemplateInfo, error) { return TemplateInfo{}, errTODO }
-
-// Templates lists templates and checkpoints, the newest first.
-func (m *Manager) Templates() []TemplateInfo { return nil }
-
-// DeleteTemplate deletes a template or checkpoint. Sandboxes that were made of it stay.
-func (m *Manager) DeleteTemplate(ctx context.Context, id string) error { return errTODO }
 
 // RotateKeys has the KeyProvider make a new master key, and seals the keys of all snapshots with that. Snapshots are not touched.
-func (m *Manager) RotateKeys(ctx context.Context) error { return errTODO }
-
-// Subscribe returns a channel of events from now on. One that is not read in time loses events, which Event.Lost counts. cancel ends it.
-func (m *Manager) Subscribe() (events <-chan Event, cancel func()) { return nil, nil }
-
-// Event is a change of a sandbox's state.
-type Event struct {
-	Time    time.Time   `json:"time"`
-	Sandbox SandboxInfo `json:"sandbox"` // after it
-	From    State       `json:"from"`    // empty: it was created
-	Reason  Reason      `json:"reason"`
-	// Connections says that connections to the guest were cut: always by a pause and by what ends a machine.
-	Connections bool          `json:"connections,omitempty"`
-	Took        time.Duration `json:"took,omitempty"`  // a pause's or a resume's
-	Error       string        `json:"error,omitempty"` // why a pause or resume failed: the state is what it was
-	Lost        uint64        `json:"lost,omitempty"`  // events before this one that the subscriber did not read in time
+func (m *Manager) RotateKeys(ctx context.Context) error {
+	ctx, done, err := m.call(ctx)
+	if err != nil {
+		return err
+	}
+	defer done()
+	m.sealing.Lock()
+	defer m.sealing.Unlock()
+	if err := rotate(ctx, m.keys, m.catalog); err != nil {
+		return fmt.Errorf("rotate keys: %w", err)
+	}
+	return m.catalog.Forget(ctx)
 }
 
-// Reason is why a state has changed.
-type Reason string
-
-// The reasons.
-const (
-	ReasonRequest Reason = "request" // somebody called
-	ReasonTimeout Reason = "timeout"
-	ReasonIdle    Reason = "idle"
-	ReasonExpired Reason = "expired" // its retention has ended
-	ReasonEnded   Reason = "ended"   // its guest has, by itself
-	ReasonClose   Reason = "close"   // the Manager is closed
-)
-
-// Metrics are counts since the Manager was opened, and what there is.
-type Metrics struct {
-	States      map[State]int
-	Templates   int
-	StoredBytes uint64 // by all snapshots, on disk
-	Creates     Operation
-	Pauses      Operation
-	Resumes     Operation
-	Kills       Operation
-	Expired     uint64
-	AutoPauses  uint64 // of Pauses
-	TakenBack   uint64 // pauses that were taken back, by Connect
-}
-
-// Operation counts what was done and how long it took.
-type Operation struct {
-	Count, Failed uint64
-	Total         time.Duration // of those that did not fail
-	Buckets       []uint64      // by OperationBuckets; the last is of those that took longer
-}
-
-// OperationBuckets are upper bounds of times.
-var OperationBuckets = []time.Duration{
-	time.Millisecond, 2 * time.Millisecond, 5 * time.Millisecond, 10 * time.Millisecond, 20 * time.Millisecond, 50 * time.Millisecond,
-	100 * time.Millisecond, 200 * time.Millisecond, 500 * time.Millisecond, time.Second, 2 * time.Second, 5 * time.Second, 10 * time.Second,
-}
-
-// Metrics returns them.
-func (m *Manager) Metrics() Metrics { return Metrics{} }
+// clone is a copy of a map, which a caller may change.
+func clone(m map[string]string) map[string]string { return maps.Clone(m) }

@@ -181,7 +181,9 @@ func (s *storing) writeStopped(ctx context.Context, began time.Time) error {
 		return err
 	}
 	s.paused.Freeze = time.Since(began)
-	contents.Memory.View = s.m.VM.Memory().View
+	if !s.shared {
+		contents.Memory.View = s.m.VM.Memory().View
+	}
 	if err := s.writer.Write(ctx, contents); err != nil {
 		return err
 	}

@@ -38,7 +38,7 @@ func TestPrepare(t *testing.T) {
 	for _, vcpus := range []int{1, 2} {
 		for _, eager := range []bool{false, true} {
 			t.Run(fmt.Sprintf("vcpus=%d,eager=%v", vcpus, eager), func(t *testing.T) {
-				g := newGuest(t, testvm.WorkerConfig{Memory: 64 << 20, VCPUs: vcpus, WorkingSet: 16 << 20})
+				g := newGuest(t, testvm.WorkerConfig{Memory: scaled(64 << 20), VCPUs: vcpus, WorkingSet: scaled(16 << 20)})
 				m := g.boot(t, testvm.NoLimit)
 				parent := snapshot.ID{}
 				for n := range 4 {

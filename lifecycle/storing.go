@@ -18,6 +18,7 @@ type storing struct {
 	// since is what has changed since the last time that something was written; nil if nothing was.
 	since *epoch
 
+	shared     bool     // some of the contents is the image's, which may drop it: it is to be copied, not viewed
 	diskWrites []uint64 // Overlay.Writes of each disk, when the machine stood still
 	paused     Paused
 }
@@ -91,6 +92,7 @@ func (s *storing) stop(ctx context.Context) (snapshot.Contents, error) {
 
 // contents are what is to be written, as it is in the machine now.
 func (s *storing) contents(ctx context.Context) (snapshot.Contents, error) {
+	s.shared = false
 	changed, err := s.changes()
 	if err != nil {
 		return snapshot.Contents{}, err
@@ -105,6 +107,7 @@ func (s *storing) contents(ctx context.Context) (snapshot.Contents, error) {
 	if changed != nil {
 		ram.Data, ram.Zeros = split(changed.memory, ram.Data)
 	} else if s.parent == nil && s.m.origin != nil {
+		s.shared = true
 		if ram.Data, err = s.everything(ctx, ram.Data); err != nil {
 			return snapshot.Contents{}, err
 		}

@@ -20,8 +20,14 @@ type Template struct {
 	origin *snapshot.Reader
 	image  *memory.Image
 
+	ctx       context.Context // ends with the last user
 	quit      context.CancelFunc
 	reclaimer sync.WaitGroup
+
+	adopted bool            // the image is another process's
+	closing context.Context // ends with Close: no other process gets the image any more
+	close   context.CancelFunc
+	lessees sync.WaitGroup // one for each process that has the image
 
 	mu    sync.Mutex
 	users int // the creator, until Close, and every machine
@@ -49,16 +55,38 @@ func NewTemplate(origin *snapshot.Reader) (*Template, error) {
 	if err != nil {
 		return nil, err
 	}
-	image, err := memory.NewImage(state.Machine.MemoryBytes, origin)
+	image, err := memory.NewImage(state.Machine.MemoryBytes, imageSource{origin})
 	if err != nil {
 		return nil, err
 	}
-	t := &Template{origin: origin, image: image, users: 1}
-	ctx, quit := context.WithCancel(context.Background())
-	t.quit = quit
-	t.reclaimer.Go(func() { t.reclaim(ctx) })
+	t := templateOf(origin, image)
+	t.reclaimer.Go(func() { t.reclaim(t.ctx) })
 	return t, nil
 }
+
+func templateOf(origin *snapshot.Reader, image *memory.Image) *Template {
+	t := &Template{origin: origin, image: image, users: 1}
+	t.ctx, t.quit = context.WithCancel(context.Background())
+	t.closing, t.close = context.WithCancel(t.ctx)
+	return t
+}
+
+// imageSource is a snapshot, as an image takes it.
+type imageSource struct{ *snapshot.Reader }
+
+// ChunkRuns makes it a memory.RunSource.
+func (s imageSource) ChunkRuns(chunk int64) []memory.Range { return guestRanges(s.Runs(chunk)) }
+
+var (
+	_ memory.BatchSource = imageSource{}
+	_ memory.RunSource   = imageSource{}
+)
+
+// LimitImage bounds the host memory that the image takes, which is what has been fetched of the snapshot's memory, to about so many
+// bytes, at least memory.MinLimit; 0 is no bound. What is over it is dropped, and fetched again when it is touched: see
+// memory.Image.SetLimit. What the machines have written is not counted. The bound waits while another process has the image, and in
+// a template of OpenShared it stops prefetches only.
+func (t *Template) LimitImage(bytes uint64) { t.image.SetLimit(bytes) }
 
 // reclaimEvery is how often what all machines have rewritten is taken out of the image. Looking costs about a millisecond for each
 // GiB of it and each machine.
@@ -107,7 +135,7 @@ func (t *Template) enter() error {
 	return nil
 }
 
-// Close gives the template up. Its machines go on. It is idempotent.
+// Close gives the template up. Its machines go on, here and in other processes. It is idempotent.
 func (t *Template) Close() error {
 	t.mu.Lock()
 	again := t.ended
@@ -116,6 +144,7 @@ func (t *Template) Close() error {
 	if again {
 		return nil
 	}
+	t.close()
 	return t.leave()
 }
 
@@ -130,5 +159,6 @@ func (t *Template) leave() error {
 	}
 	t.quit()
 	t.reclaimer.Wait()
+	t.lessees.Wait()
 	return errors.Join(t.image.Close(), t.origin.Close())
 }

@@ -4,12 +4,15 @@ package lifecycle_test
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
 
 	"github.com/cryovisor/cryovisor/internal/testvm"
 	"github.com/cryovisor/cryovisor/lifecycle"
+	"github.com/cryovisor/cryovisor/memory"
 	"github.com/cryovisor/cryovisor/snapshot"
 	"github.com/cryovisor/cryovisor/vmm"
 )
@@ -164,4 +167,121 @@ func TestTemplateFromElsewhere(t *testing.T) {
 	m = g.resume(t, p.ID, false, testvm.NoLimit)
 	g.work(t, m, 5)
 	g.compare(t, m)
+}
+
+// TestLimitImage: a guest that touches more than its template's image may hold goes on, exactly, and the image stays small.
+func TestLimitImage(t *testing.T) {
+	checkLeaks(t)
+	g, job := shareGuest(t)
+	tpl, err := lifecycle.Open(t.Context(), g.store, job.id(t), g.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tpl.Close()
+	tpl.LimitImage(memory.MinLimit)
+	for range 2 { // the second finds what the first has left
+		c, m := job.clone(t, g, tpl, lifecycle.ResumeOptions{Prefetch: lifecycle.PrefetchAll})
+		c.compare(t, m) // reads all of it
+		c.device.SetLimit(testvm.NoLimit)
+		c.work(t, m, 20)
+		s := m.VM.Memory().Stats()
+		if n := imageBlocks(t); s.EvictedBytes == 0 || n > memory.MinLimit+1<<20 || n == 0 {
+			t.Errorf("the image holds %d bytes; %+v", n, s)
+		}
+		opts := g.options()
+		opts.Full = true
+		p, err := m.Pause(t.Context(), g.store, opts) // and so does this
+		if err != nil {
+			t.Fatal(err)
+		}
+		closeMachine(t, m)
+		m = c.resume(t, p.ID, true, testvm.NoLimit)
+		c.work(t, m, 5)
+		c.compare(t, m)
+		closeMachine(t, m)
+	}
+}
+
+// troubled are files that can't be read while trouble says so.
+type troubled struct {
+	storeFiles
+	trouble func() error
+}
+
+func (s troubled) Open(name string) (snapshot.Blob, error) {
+	b, err := s.storeFiles.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	return troubledFile{b, s.trouble}, nil
+}
+
+type troubledFile struct {
+	snapshot.Blob
+	trouble func() error
+}
+
+func (f troubledFile) ReadAt(p []byte, off int64) (int, error) {
+	if err := f.trouble(); err != nil {
+		return 0, err
+	}
+	return f.Blob.ReadAt(p, off)
+}
+
+// TestStorageFails: a guest whose storage fails now and then runs on, exactly. One whose storage has failed for good ends, with the
+// storage's error, and nothing that it reported before was wrong.
+func TestStorageFails(t *testing.T) {
+	for _, good := range []bool{false, true} {
+		t.Run(fmt.Sprintf("forGood=%v", good), func(t *testing.T) {
+			checkLeaks(t)
+			g, job := shareGuest(t)
+			errTrouble := errors.New("the store is busy")
+			var reads, failed atomic.Int64
+			var on atomic.Bool
+			blobs := troubled{storeFiles{g.store.Dir()}, func() error {
+				if on.Load() && (good || reads.Add(1)%16 == 1) {
+					failed.Add(1)
+					return errTrouble
+				}
+				return nil
+			}}
+			// Small blocks and no cache: what is needed is read when it is needed.
+			r, err := snapshot.OpenFrom(t.Context(), blobs, job.id(t), snapshot.OpenOptions{BlockSize: -1}, g.key)
+			if err != nil {
+				t.Fatal(err)
+			}
+			tpl, err := lifecycle.NewTemplate(r)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer tpl.Close()
+			on.Store(true)
+			c := g.past(job.Saved)
+			m, err := tpl.Resume(t.Context(), lifecycle.ResumeOptions{Hardware: c.hardware(testvm.NoLimit)})
+			if errors.Is(err, vmm.ErrNoUserfaultfd) {
+				t.Skip(err)
+			}
+			if err == nil {
+				defer closeMachine(t, m)
+				err = m.Resume()
+			}
+			if good {
+				if err == nil {
+					err = m.VM.Wait(t.Context())
+				}
+				if !errors.Is(err, vmm.ErrGuestMemory) || !errors.Is(err, errTrouble) || c.reports.Load() != 0 {
+					t.Errorf("%v, after %d reports", err, c.reports.Load())
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			c.work(t, m, 20)
+			c.compare(t, m)
+			if failed.Load() == 0 {
+				t.Error("nothing failed")
+			}
+		})
+	}
 }

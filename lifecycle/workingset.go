@@ -8,7 +8,6 @@ import (
 	"slices"
 	"sort"
 
-	"github.com/cryovisor/cryovisor/memory"
 	"github.com/cryovisor/cryovisor/snapshot"
 )
 
@@ -239,5 +238,3 @@ func (m *Machine) workingSetSections(ctx context.Context) ([]snapshot.Section, e
 	}
 	return []snapshot.Section{{Name: workingSetSection, Version: workingSetVersion, Data: data}}, nil
 }
-
-var _ memory.BatchSource = (*snapshot.Reader)(nil)

@@ -13,22 +13,26 @@ func newBitmap(n uint64) bitmap { return make(bitmap, (n+63)/64) }
 
 func (b bitmap) get(i uint64) bool { return b[i/64].Load()&(1<<(i%64)) != 0 }
 
-// set sets the bits [lo, hi).
-func (b bitmap) set(lo, hi uint64) {
+// set sets the bits [lo, hi), and says how many of them were not set.
+func (b bitmap) set(lo, hi uint64) (changed int) {
 	for lo < hi {
 		n := min(64-lo%64, hi-lo)
-		b[lo/64].Or((^uint64(0) >> (64 - n)) << (lo % 64))
+		mask := (^uint64(0) >> (64 - n)) << (lo % 64)
+		changed += bits.OnesCount64(mask &^ b[lo/64].Or(mask))
 		lo += n
 	}
+	return changed
 }
 
-// clear clears the bits [lo, hi).
-func (b bitmap) clear(lo, hi uint64) {
+// clear clears the bits [lo, hi), and says how many of them were set.
+func (b bitmap) clear(lo, hi uint64) (changed int) {
 	for lo < hi {
 		n := min(64-lo%64, hi-lo)
-		b[lo/64].And(^((^uint64(0) >> (64 - n)) << (lo % 64)))
+		mask := (^uint64(0) >> (64 - n)) << (lo % 64)
+		changed += bits.OnesCount64(mask & b[lo/64].And(^mask))
 		lo += n
 	}
+	return changed
 }
 
 // next returns the first i in [lo, hi) whose bit is want, or hi.

@@ -29,6 +29,14 @@ var (
 	// says is in the chunk.
 	ErrSource = errors.New("image source is inconsistent")
 
+	// ErrImageFile says that a file is not what an image of another process lies in:
+	// a memfd of the right size, which can't be resized, opened for reading and
+	// writing.
+	ErrImageFile = errors.New("not the memory of an image")
+
+	// ErrAdopted says that the image is another process's, which alone can lend it.
+	ErrAdopted = errors.New("image belongs to another process: ask that one")
+
 	// ErrHugeShmem says that this kernel backs shared memory with huge pages
 	// whether asked or not. Writing one page would then make its 511 neighbours
 	// present as zeros and their faults would never come, so a lazy mapping

@@ -23,6 +23,7 @@ type flight struct {
 	err   error
 	ahead bool   // nobody had asked for the chunk
 	batch bool   // and it comes with others: waiting for it may take longer than fetching it
+	found bool   // nothing had to be fetched: all of it was there
 	epoch uint64 // of the image, when it began
 }
 
@@ -71,6 +72,9 @@ func (img *Image) get(ctx context.Context, chunk int64, ahead bool, want *need) 
 			return err
 		}
 		if mine {
+			if f.found = img.find(chunk); f.found {
+				return img.land(f, chunk, nil)
+			}
 			return img.land(f, chunk, img.fetch(ctx, chunk, img.installer(ahead, want)))
 		}
 		select {
@@ -131,8 +135,14 @@ func (img *Image) land(f *flight, chunk int64, err error) error {
 	if img.flights[chunk] == f {
 		delete(img.flights, chunk)
 	}
+	if !img.done.get(at) {
+		img.arrived++
+		img.ages[chunk] = img.arrived // a part of it may be there, even after an error
+	}
 	if err == nil && !img.done.get(at) {
-		img.chunksFetched.Add(1)
+		if !f.found {
+			img.chunksFetched.Add(1)
+		}
 		img.ahead.clear(at, at+1)
 		if f.ahead {
 			img.ahead.set(at, at+1)
@@ -145,6 +155,7 @@ func (img *Image) land(f *flight, chunk int64, err error) error {
 	img.mu.Unlock()
 	f.err = err
 	close(f.done)
+	img.trim()
 	return errors.Join(err, img.release())
 }
 

@@ -2,7 +2,9 @@ package memory
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -33,6 +35,15 @@ type Source interface {
 	Chunks() int64
 }
 
+// A RunSource is a source that knows where the pages of a chunk are. What is there
+// already, because another process has fetched it, is not fetched from it again.
+type RunSource interface {
+	Source
+
+	// ChunkRuns are the runs of guest pages that Fetch installs for a chunk.
+	ChunkRuns(chunk int64) []Range
+}
+
 // A BatchSource is a source that can read chunks that lie near each other at once.
 type BatchSource interface {
 	Source
@@ -43,9 +54,10 @@ type BatchSource interface {
 }
 
 // An Image is the memory of a snapshot as far as it has been fetched, in a
-// memfd that the machines resumed from it share. Nobody writes to it but Fetch and
-// its kin, and machines write to private copies of its pages; it shrinks by Reclaim
-// only. All methods are safe for concurrent use.
+// memfd that the machines resumed from it share, also those of other processes
+// (Lend, AdoptImage). Nobody writes to it but Fetch and its kin, and machines write to
+// private copies of its pages; it shrinks by Reclaim, and where a limit is set.
+// All methods are safe for concurrent use.
 type Image struct {
 	size   uint64
 	ranges []Range
@@ -55,10 +67,19 @@ type Image struct {
 	// present is the pages in file. A bit is set after the page is written. As long
 	// as it is set, touching the page can't block.
 	present bitmap
+	pages   atomic.Int64 // how many bits of present are set
 	filling sync.RWMutex // held for writing while pages leave file, for reading while others enter it
 
-	mapMu sync.Mutex
-	maps  []*Memory // every Memory of the image
+	mapMu  sync.Mutex
+	maps   []*Memory           // every Memory of the image
+	pinned map[*Range]struct{} // what Go code is about to touch: the limit takes none of it
+	eager  atomic.Int32        // of maps: those that can't ask for a page
+
+	lease io.Closer    // of an image of another process; nil for one of our own
+	lent  atomic.Int32 // how many processes have it; grows under mapMu
+
+	limit    atomic.Uint64 // bytes; 0 is none
+	trimming sync.Mutex
 
 	mu      sync.Mutex
 	refs    int               // the creator, every Memory, every fetch under way
@@ -67,6 +88,8 @@ type Image struct {
 	done    bitmap            // chunks that are fetched: all of their pages are present
 	epoch   uint64            // grows when pages leave file
 	ahead   bitmap            // chunks that were fetched before anybody had asked
+	ages    map[int64]uint64  // chunks that may have pages in file; the larger, the later they came
+	arrived uint64            // the largest age
 
 	demands int        // fetches that somebody waits for
 	lulls   uint64     // how often that has become none
@@ -79,7 +102,7 @@ type Image struct {
 	now   func() time.Time
 	pause func(context.Context, time.Duration) error // between two attempts to fetch
 
-	demandPages, aheadPages, chunksFetched, reclaimed atomic.Uint64
+	demandPages, aheadPages, chunksFetched, reclaimed, found, evicted atomic.Uint64
 }
 
 // NewImage returns an empty image of size bytes of RAM that fills itself from
@@ -94,6 +117,10 @@ func NewImage(size uint64, src Source) (*Image, error) {
 	if err != nil {
 		return nil, err
 	}
+	return imageOf(size, src, file), nil
+}
+
+func imageOf(size uint64, src Source, file *os.File) *Image {
 	chunks := uint64(max(src.Chunks(), 0))
 	img := &Image{
 		size:    size,
@@ -106,11 +133,13 @@ func NewImage(size uint64, src Source) (*Image, error) {
 		done:    newBitmap(chunks),
 		ahead:   newBitmap(chunks),
 		asked:   newBitmap(chunks),
+		ages:    make(map[int64]uint64),
+		pinned:  make(map[*Range]struct{}),
 		now:     time.Now,
 		pause:   pause,
 	}
 	img.lull = sync.NewCond(&img.mu)
-	return img, nil
+	return img
 }
 
 // Close gives up the creator's hold. The image goes away with the last Memory
@@ -145,7 +174,11 @@ func (img *Image) release() error {
 	if !last {
 		return nil
 	}
-	if err := img.file.Close(); err != nil {
+	err := img.file.Close()
+	if img.lease != nil {
+		err = errors.Join(err, img.lease.Close()) // now, when nothing of the file is mapped here
+	}
+	if err != nil {
 		return fmt.Errorf("memory: close the image: %w", err)
 	}
 	return nil
@@ -175,7 +208,7 @@ func (img *Image) install(gpa uint64, pages []byte, count *atomic.Uint64) error 
 		if _, err := img.file.WriteAt(pages[lo*PageSize-gpa:hi*PageSize-gpa], int64(lo*PageSize)); err != nil {
 			return fmt.Errorf("memory: write %d pages to the image: %w", hi-lo, err)
 		}
-		img.present.set(lo, hi)
+		img.pages.Add(int64(img.present.set(lo, hi)))
 		count.Add(hi - lo)
 		lo = hi
 	}

@@ -20,6 +20,9 @@ func errUnsupported() error {
 func reserve(uint64) (*mapping, error)         { return nil, errUnsupported() }
 func newImageFile(uint64) (*os.File, error)    { return nil, errUnsupported() }
 func hugeShmem() (bool, error)                 { return false, errUnsupported() }
+func checkImageFile(*os.File, uint64) error    { return errUnsupported() }
+func dataIn(*os.File, Range) (Range, error)    { return Range{}, errUnsupported() }
+func allocated(*os.File) (uint64, error)       { return 0, errUnsupported() }
 func punch(*os.File, Range) error              { return errUnsupported() }
 func (m *mapping) place(Range, *os.File) error { return errUnsupported() }
 func (m *mapping) advise(Range, bool) error    { return errUnsupported() }

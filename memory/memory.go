@@ -125,6 +125,11 @@ func (m *Memory) access(op string, write bool, p []byte, gpa int64, move func(ra
 		return 0, &RangeError{Op: op, GPA: gpa, Len: len(p)}
 	}
 	m.mu.RLock()
+	if m.missing(uint64(gpa), n) {
+		m.mu.RUnlock()
+		defer m.img.pin(uint64(gpa), n)()
+		m.mu.RLock()
+	}
 	// Again, if what was made resident has been discarded before mu was held, or
 	// what was let go protected.
 	for !m.closed && (m.missing(uint64(gpa), n) || write && m.guarded(uint64(gpa), n)) {
@@ -164,7 +169,8 @@ func (m *Memory) enter(op string) error {
 // read only, while the machine is paused, before Close, and before the next
 // Discard, which takes pages from under it. It never fetches:
 // pages of a lazy mapping that are neither in the image nor reported by Dirty
-// are refused with ErrNotResident.
+// are refused with ErrNotResident, and so are those of an image with a limit that
+// Dirty has not reported, as they may go at any time.
 func (m *Memory) View(gpa uint64, n int) ([]byte, error) {
 	if n < 0 || !inRAM(m.ranges, gpa, uint64(n)) {
 		return nil, &RangeError{Op: "view", GPA: int64(gpa), Len: n}
@@ -174,7 +180,7 @@ func (m *Memory) View(gpa uint64, n int) ([]byte, error) {
 	if m.closed {
 		return nil, fmt.Errorf("memory: view: %w", ErrClosed)
 	}
-	if m.missing(gpa, uint64(n)) {
+	if m.missing(gpa, uint64(n)) || m.fleeting(gpa, uint64(n)) {
 		return nil, fmt.Errorf("memory: view of %d bytes at GPA %#x: %w", n, gpa, ErrNotResident)
 	}
 	if err := m.checkPoison(gpa, uint64(n)); err != nil {
@@ -185,7 +191,7 @@ func (m *Memory) View(gpa uint64, n int) ([]byte, error) {
 }
 
 // Populate fetches everything that is missing, so that nothing of the source is
-// needed any more, unless Reclaim takes pages back. Ranges that the source knows to be zero stay as they are:
+// needed any more, unless Reclaim takes pages back. With a limit of the image it stops there. Ranges that the source knows to be zero stay as they are:
 // they cost the kernel's tables only, and only when they are touched.
 func (m *Memory) Populate(ctx context.Context) error {
 	if err := m.enter("populate"); err != nil {

@@ -2,6 +2,7 @@ package memory
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"runtime"
 
@@ -18,6 +19,8 @@ const batchChunks = 16
 // page: no worker begins with a chunk, or with a few of a [BatchSource], while
 // somebody waits. workers is how many there are at most, and 0 as many as leave one
 // processor to the machines; there are never more than that, but always one.
+//
+// At the limit of the image, if it has one, it stops, without an error.
 //
 // It ends with the first error, which is a *[FetchError], [ErrClosed] when the image
 // is gone, or ctx's. None is a failure of a machine: what is missing is fetched when
@@ -51,13 +54,19 @@ func (img *Image) prefetch(ctx context.Context, left *[]int64, progress func(byt
 		if err := img.giveWay(ctx); err != nil {
 			return err
 		}
+		if img.full() {
+			return nil
+		}
 		chunks, flights, err := img.depart(left, most)
 		if len(chunks) == 0 {
 			return err
 		}
-		if len(chunks) == 1 {
+		chunks, flights, err = img.landFound(chunks, flights)
+		switch {
+		case err != nil || len(chunks) == 0:
+		case len(chunks) == 1:
 			err = img.land(flights[0], chunks[0], img.fetch(ctx, chunks[0], img.installer(true, nil)))
-		} else {
+		default:
 			err = img.fetchBatch(ctx, src, chunks, flights)
 		}
 		if err != nil {
@@ -87,6 +96,18 @@ func (img *Image) depart(left *[]int64, most int) (chunks []int64, flights []*fl
 		f.batch = len(flights) > 1
 	}
 	return chunks, flights, nil
+}
+
+// landFound ends the flights of what is there already, and returns the others.
+func (img *Image) landFound(chunks []int64, flights []*flight) (left []int64, going []*flight, err error) {
+	for i, f := range flights {
+		if f.found = img.find(chunks[i]); f.found {
+			err = errors.Join(err, img.land(f, chunks[i], nil))
+			continue
+		}
+		left, going = append(left, chunks[i]), append(going, f)
+	}
+	return left, going, err
 }
 
 // fetchBatch flies several at once. If that fails, one by one: so the others come
@@ -128,7 +149,8 @@ func (img *Image) giveWay(ctx context.Context) error {
 	return ctx.Err()
 }
 
-// Populate fetches all chunks, on all processors, and gives way as Prefetch does.
+// Populate fetches all chunks, on all processors, and gives way as Prefetch does. At
+// the limit of the image it stops, without an error.
 // Pages that the source knows to be zero take no memory and are not touched.
 func (img *Image) Populate(ctx context.Context) error {
 	return img.populate(ctx, func(uint64) {})
@@ -150,6 +172,9 @@ func (img *Image) populate(ctx context.Context, progress func(bytes uint64)) err
 		return err
 	}
 	for _, chunk := range chunks { // those that others were fetching
+		if img.full() {
+			return nil
+		}
 		if err := img.get(ctx, chunk, true, nil); err != nil {
 			return err
 		}

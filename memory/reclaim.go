@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"sync/atomic"
 
 	"github.com/cryovisor/cryovisor/internal/pagemap"
 )
@@ -24,6 +25,9 @@ const (
 // the image still holds and each machine, and next to nothing where it holds none. A
 // guest pays 0.7 us, once, for each page given back, as KVM has to map its copy again.
 //
+// While another process has the image (Lend), and in one that has it from another
+// (AdoptImage), nothing is given back: the other would not know.
+//
 // Without a machine the image keeps what it has, and so it does while a machine is
 // mapped eagerly: that one could not ask for a page. The error is ctx's or the
 // system's.
@@ -34,7 +38,7 @@ func (img *Image) Reclaim(ctx context.Context) (freed uint64, err error) {
 	}
 	defer func() { err = errors.Join(err, pm.Close()) }()
 	drop := func(ranges []Range) error {
-		n, err := img.drop(ranges)
+		n, err := img.drop(ranges, &img.reclaimed)
 		freed += n
 		return err
 	}
@@ -63,7 +67,7 @@ func (img *Image) spare(pm *pagemap.Map, r Range, f func([]Range) error) error {
 	img.mapMu.Lock()
 	defer img.mapMu.Unlock()
 	spare, used := img.held(r), false
-	if len(spare) == 0 {
+	if len(spare) == 0 || img.shared() {
 		return nil
 	}
 	for _, m := range img.maps {
@@ -102,9 +106,9 @@ func (img *Image) held(r Range) []Range {
 	return held
 }
 
-// drop takes ranges, which the image has, out of it. Nothing is installed meanwhile:
+// drop takes ranges, which the image has, out of it, and counts the pages. Nothing is installed meanwhile:
 // what is not present any more could be, before the hole is punched.
-func (img *Image) drop(ranges []Range) (freed uint64, err error) {
+func (img *Image) drop(ranges []Range, count *atomic.Uint64) (freed uint64, err error) {
 	img.filling.Lock()
 	defer img.filling.Unlock()
 	for _, r := range ranges {
@@ -115,7 +119,7 @@ func (img *Image) drop(ranges []Range) (freed uint64, err error) {
 			return freed, err
 		}
 		freed += r.Len
-		img.reclaimed.Add(r.Len / PageSize)
+		count.Add(r.Len / PageSize)
 	}
 	return freed, nil
 }
@@ -136,7 +140,7 @@ func (img *Image) forget(r Range) error {
 		}
 		gpa = run.End()
 	}
-	img.present.clear(r.GPA/PageSize, r.End()/PageSize)
+	img.pages.Add(-int64(img.present.clear(r.GPA/PageSize, r.End()/PageSize)))
 	return nil
 }
 
@@ -145,10 +149,16 @@ func (img *Image) join(m *Memory) {
 	img.mapMu.Lock()
 	defer img.mapMu.Unlock()
 	img.maps = append(img.maps, m)
+	if m.lazy == nil {
+		img.eager.Add(1)
+	}
 }
 
 func (img *Image) leave(m *Memory) {
 	img.mapMu.Lock()
 	defer img.mapMu.Unlock()
 	img.maps = slices.DeleteFunc(img.maps, func(other *Memory) bool { return other == m })
+	if m.lazy == nil {
+		img.eager.Add(-1)
+	}
 }

@@ -18,13 +18,15 @@ type Stats struct {
 	Slowest    time.Duration // and for the slowest
 	Latency    Latency       // and for each
 
-	// Of the image, for all of its machines. What was reclaimed and is fetched again
+	// Of the image, for all of its machines. What was reclaimed or evicted and is fetched again
 	// counts again.
 	PagesFetched   uint64 // pages that came into the image
 	ChunksFetched  uint64 // chunks that did
 	DemandBytes    uint64 // what came because somebody waited for a page of the chunk
 	PrefetchBytes  uint64 // and what came by Prefetch or Populate, before anybody did
+	FoundBytes     uint64 // what another process had fetched by the time that this one wanted it
 	ReclaimedBytes uint64 // what Reclaim gave back
+	EvictedBytes   uint64 // what was dropped because of the limit of the image
 }
 
 // Latency says how long things took: element i counts those that took less than
@@ -82,6 +84,8 @@ func (m *Memory) Stats() Stats {
 		s.ChunksFetched = m.img.chunksFetched.Load()
 		s.DemandBytes = m.img.demandPages.Load() * PageSize
 		s.PrefetchBytes = m.img.aheadPages.Load() * PageSize
+		s.FoundBytes = m.img.found.Load() * PageSize
+		s.EvictedBytes = m.img.evicted.Load() * PageSize
 		s.ReclaimedBytes = m.img.reclaimed.Load() * PageSize
 	}
 	return s

@@ -523,7 +523,9 @@ func (p *body) checkHeader(h *Header, b []byte) error {
 	for _, r := range p.packs {
 		ids = append(ids, r.id)
 		if r.origin == h.ID {
-			own += r.fileSize
+			if own += r.fileSize; own < r.fileSize {
+				return parseError(ErrFormat, "body", bodyFixed, "the packs' sizes add up to more than 2^64")
+			}
 		} else if h.Parent.IsZero() {
 			return parseError(ErrFormat, "body", bodyFixed, "a snapshot without a parent has another's pack %v", r.id)
 		}

@@ -6,11 +6,17 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
+	"io"
 	"math/rand/v2"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"filippo.io/age"
+
+	"github.com/cryovisor/cryovisor/internal/secondreader"
 )
 
 // wantTyped fails unless err is of one of the classes of errors for bad bytes.
@@ -36,6 +42,9 @@ func FuzzHeader(f *testing.F) {
 	h.Version = Version + 1
 	f.Add(h.marshal())
 	f.Add([]byte(headerMagic))
+	for _, m := range goldenManifests(f) {
+		f.Add(m.header)
+	}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if size, _, err := parsePrefix(b); err == nil && size <= len(b) {
 			reseal(b[:size])
@@ -86,7 +95,80 @@ func FuzzBody(f *testing.F) {
 	for _, b := range seedBodies() {
 		f.Add(b)
 	}
+	for _, m := range goldenManifests(f) {
+		f.Add(m.body)
+	}
 	f.Fuzz(tryBody)
+}
+
+// FuzzManifest: this package and the reader that was written from docs/FORMAT.md accept the same manifests, and what they
+// accept, marshalled again, is the same bytes.
+func FuzzManifest(f *testing.F) {
+	for _, m := range goldenManifests(f) {
+		f.Add(m.header, m.body)
+	}
+	f.Fuzz(func(t *testing.T, header, body []byte) {
+		if size, _, err := parsePrefix(header); err == nil && size <= len(header) {
+			header = header[:size]
+			reseal(header)
+			if len(body) >= bodyFixed {
+				copy(body[8:], headerDigest(header))
+			}
+		}
+		h, p, err := parseManifest(header, body)
+		if second := secondreader.Check(header, body); (err == nil) != (second == nil) {
+			t.Fatalf("this reader: %v; the second: %v", err, second)
+		}
+		if err != nil {
+			wantTyped(t, err)
+			return
+		}
+		again := (&bodyTables{p.digest, p.packs, p.chunks.all(), p.extents.all(), p.sections}).marshal()
+		if !bytes.Equal(h.marshal(), header) || !bytes.Equal(again, body) {
+			t.Fatalf("%x %x parses to what is %x %x", header, body, h.marshal(), again)
+		}
+	})
+}
+
+// parseManifest is what newReader does with a manifest, apart from decrypting it.
+func parseManifest(header, plain []byte) (*Header, *body, error) {
+	h, err := parseHeader(header)
+	if err != nil {
+		return nil, nil, err
+	}
+	p, err := parseBody(plain)
+	if err != nil {
+		return nil, nil, err
+	}
+	return h, p, p.checkHeader(h, header)
+}
+
+// manifest is a golden one, decrypted.
+type manifest struct{ header, body []byte }
+
+// goldenManifests are the manifests of testdata/golden, right and wrong ones, as seeds.
+func goldenManifests(tb testing.TB) (out []manifest) {
+	tb.Helper()
+	for _, v := range readVectors(tb) {
+		if len(v.Edits) > 0 || len(v.Keys) != 1 || v.Want == "ErrKey" || v.Want == "ErrNotFound" {
+			continue
+		}
+		b := readFile(tb, filepath.Join(goldenStore, manifestName(v.ID)))
+		size := int(binary.LittleEndian.Uint32(b[12:]))
+		plain, err := age.Decrypt(bytes.NewReader(b[size:]), goldenKeys(tb, v.Keys)...)
+		if err != nil {
+			tb.Fatal(err)
+		}
+		body, err := io.ReadAll(plain)
+		if err != nil {
+			tb.Fatal(err)
+		}
+		out = append(out, manifest{b[:size], body})
+	}
+	if len(out) < 75 {
+		tb.Fatalf("%d golden manifests; where are the others?", len(out))
+	}
+	return out
 }
 
 // FuzzBodyFields overwrites two fields of a right body, which gets further than

@@ -22,7 +22,24 @@ import (
 //
 // If another manifest's header can't be read, Delete removes no packs and returns
 // its error, because that manifest might need them; the snapshot itself is gone.
+// Delete reads the headers of all manifests.
 func (s *Store) Delete(ctx context.Context, id ID) error {
+	return s.delete(ctx, id, func([]ID) (map[ID]bool, error) { return s.neededPacks() })
+}
+
+// DeleteKeeping is Delete for somebody who knows which packs all other snapshots of the store need, and so
+// saves reading their headers: needed is asked for each pack of the snapshot, while no snapshot can be committed.
+func (s *Store) DeleteKeeping(ctx context.Context, id ID, needed func(pack ID) bool) error {
+	return s.delete(ctx, id, func(packs []ID) (map[ID]bool, error) {
+		keep := make(map[ID]bool)
+		for _, pack := range packs {
+			keep[pack] = needed(pack)
+		}
+		return keep, nil
+	})
+}
+
+func (s *Store) delete(ctx context.Context, id ID, neededOf func(packs []ID) (map[ID]bool, error)) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
@@ -45,7 +62,7 @@ func (s *Store) Delete(ctx context.Context, id ID) error {
 	if headerErr != nil {
 		return nil
 	}
-	needed, err := s.neededPacks()
+	needed, err := neededOf(entry.Packs)
 	if err != nil {
 		return fmt.Errorf("snapshot %v is deleted, its packs are left for Collect: %w", id, err)
 	}

@@ -41,6 +41,7 @@ type virtioDevice struct {
 	place
 	transport *virtio.Transport
 	irq       *virtio.EventFD
+	traffic   func() uint64 // frames or packets so far; nil for a device that has none
 }
 
 // createVirtio makes the devices of a roster.
@@ -136,7 +137,7 @@ func (vm *VM) connect(p place, dev virtio.Device) error {
 	if err != nil {
 		return errors.Join(err, irq.Close())
 	}
-	vm.virtio = append(vm.virtio, &virtioDevice{place: p, transport: t, irq: irq})
+	vm.virtio = append(vm.virtio, &virtioDevice{place: p, transport: t, irq: irq, traffic: trafficOf(dev)})
 	if err := vm.mmio.add(p.name, p.base(), p.base()+virtio.RegionSize-1, mmioRegisters{t}); err != nil {
 		return err
 	}
@@ -145,6 +146,17 @@ func (vm *VM) connect(p place, dev virtio.Device) error {
 		return err
 	}
 	return vm.kvm.IRQFD(irq.FD(), p.gsi())
+}
+
+// trafficOf is what counts the traffic of a network or socket device.
+func trafficOf(dev virtio.Device) func() uint64 {
+	switch dev := dev.(type) {
+	case *nic.Device:
+		return func() uint64 { s := dev.Stats(); return s.RxFrames + s.TxFrames }
+	case *vsock.Device:
+		return dev.Packets
+	}
+	return nil
 }
 
 // mmioRegisters is a transport on the bus.

@@ -51,6 +51,7 @@ func (*VM) Memory() *memory.Memory      { return nil }
 func (*VM) Paused() bool                { return false }
 func (*VM) Launches() uint64            { return 0 }
 func (*VM) VCPUs() int                  { return 0 }
+func (*VM) Activity() Activity          { return Activity{} }
 func (*VM) SetBalloon(uint64) error     { return ErrNotSupported }
 func (*VM) Balloon() uint64             { return 0 }
 func (*VM) Ended() <-chan struct{}      { return nil }

@@ -23,6 +23,8 @@ const (
 	// EnvCache overrides the directory of the lab's cache. In the lab it is set to where the
 	// kernels of Config.Kernels are.
 	EnvCache = "CRYOVISOR_LAB_CACHE"
+	// EnvLong, set to anything, has tests of guests go on for longer: see Long.
+	EnvLong = "CRYOVISOR_LONG"
 )
 
 // Defaults of Config.

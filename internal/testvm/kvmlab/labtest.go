@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -53,6 +54,7 @@ func RunTest(t *testing.T, cfg Config, body func(t *testing.T)) {
 	if deadline, ok := t.Deadline(); ok {
 		cfg.TimeLimit = min(cfg.TimeLimit, time.Until(deadline)-spareTime)
 	}
+	cfg.Env = withLong(cfg.Env)
 	log := &testLog{name: t.Name(), log: t.Log}
 	cfg.Binary, cfg.Args, cfg.Stdout, cfg.Stderr = binary, testArgs(t.Name(), flagValue("test.run"), cfg.TimeLimit), log, nil
 	code, err := Run(t.Context(), cfg)
@@ -67,6 +69,18 @@ func RunTest(t *testing.T, cfg Config, body func(t *testing.T)) {
 	case !log.passed:
 		t.Fatalf("%s did not run in the KVM lab", t.Name())
 	}
+}
+
+// Long reports whether tests are to go on for longer than what they prove needs: more of the same, for what shows once in
+// a while. It is the same in the lab.
+func Long() bool { return os.Getenv(EnvLong) != "" }
+
+// withLong adds EnvLong to an environment if it is set here.
+func withLong(env []string) []string {
+	if !Long() {
+		return env
+	}
+	return append(slices.Clone(env), EnvLong+"="+os.Getenv(EnvLong))
 }
 
 // RunBenchmark is RunTest for a top-level benchmark. What it prints in the lab goes to standard output.

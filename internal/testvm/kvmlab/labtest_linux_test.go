@@ -64,6 +64,15 @@ func TestTestArgs(t *testing.T) {
 	}
 }
 
+func TestWithLong(t *testing.T) {
+	for value, want := range map[string][]string{"": {"A=1"}, "yes": {"A=1", EnvLong + "=yes"}} {
+		t.Setenv(EnvLong, value)
+		if env := withLong([]string{"A=1"}); !slices.Equal(env, want) || Long() != (value != "") {
+			t.Errorf("with %s=%s: %q, long: %t", EnvLong, value, env, Long())
+		}
+	}
+}
+
 func TestTestLog(t *testing.T) {
 	for output, want := range map[string]struct{ passed, skipped bool }{
 		"--- PASS: TestLinuxX (0.00s)\nPASS\n":                       {passed: true},

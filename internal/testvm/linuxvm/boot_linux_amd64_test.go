@@ -17,16 +17,16 @@ import (
 
 func TestLinuxBootCloud(t *testing.T) {
 	Run(t, kvmlab.Config{Kernels: []string{kvmlab.Cloud}}, func(t *testing.T, lab *Lab) {
-		t.Run("bzImage", func(t *testing.T) { testBoot(t, lab, Options{Kernel: kvmlab.Cloud}) })
-		t.Run("vmlinux", func(t *testing.T) { testBoot(t, lab, vmlinux(t, kvmlab.Cloud)) })
-		t.Run("two vCPUs", func(t *testing.T) { testBoot(t, lab, Options{Kernel: kvmlab.Cloud, VCPUs: 2}) })
-		t.Run("above the hole", func(t *testing.T) { testBoot(t, lab, Options{Kernel: kvmlab.Cloud, MemoryMiB: 4096}) })
+		t.Run("bzImage", func(t *testing.T) { testBoot(t, lab, Options{Kernel: kvmlab.Cloud}, powerOff) })
+		t.Run("vmlinux", func(t *testing.T) { testBoot(t, lab, vmlinux(t, kvmlab.Cloud), reset) })
+		t.Run("two vCPUs", func(t *testing.T) { testBoot(t, lab, Options{Kernel: kvmlab.Cloud, VCPUs: 2}, powerOff, reset) })
+		t.Run("above the hole", func(t *testing.T) { testBoot(t, lab, Options{Kernel: kvmlab.Cloud, MemoryMiB: 4096}, powerOff) })
 	})
 }
 
 func TestLinuxBootGeneric(t *testing.T) {
 	Run(t, kvmlab.Config{Kernels: []string{kvmlab.Generic}}, func(t *testing.T, lab *Lab) {
-		testBoot(t, lab, Options{Kernel: kvmlab.Generic})
+		testBoot(t, lab, Options{Kernel: kvmlab.Generic}, reset)
 	})
 }
 
@@ -48,20 +48,34 @@ func vmlinux(t *testing.T, name string) Options {
 	return Options{Kernel: name, Image: bytes.NewReader(elf), ImageSize: int64(len(elf))}
 }
 
-// testBoot boots a machine, talks to it, and switches it off; then boots it again for a reset.
-func testBoot(t *testing.T, lab *Lab, opts Options) {
-	for order, want := range map[string]error{"poweroff": vmm.ErrPowerOff, "reboot": vmm.ErrReset} {
-		t.Run(order, func(t *testing.T) {
+// bootEnd is how a guest ends: an order, and what becomes of the machine.
+type bootEnd struct {
+	order string
+	want  error
+}
+
+var (
+	powerOff = bootEnd{"poweroff", vmm.ErrPowerOff}
+	reset    = bootEnd{"reboot", vmm.ErrReset}
+)
+
+// testBoot boots a machine for each of some ends, talks to it, and ends it; in a long run, for every end.
+func testBoot(t *testing.T, lab *Lab, opts Options, ends ...bootEnd) {
+	if kvmlab.Long() {
+		ends = []bootEnd{powerOff, reset}
+	}
+	for _, end := range ends {
+		t.Run(end.order, func(t *testing.T) {
 			g, up := lab.Boot(t, opts)
 			checkFacts(t, up, max(opts.VCPUs, 1))
 			g.want(t, "echo back and forth", "done echo back and forth")
 			if answer, err := g.Order(t.Context(), "warnings"); err != nil || len(Warnings(answer)) > 0 {
 				t.Errorf("the kernel warns: %q, %v", Warnings(answer), err)
 			}
-			if err := g.Tell(order); err != nil {
+			if err := g.Tell(end.order); err != nil {
 				t.Fatal(err)
 			}
-			waitEnd(t, g, want)
+			waitEnd(t, g, end.want)
 		})
 	}
 }

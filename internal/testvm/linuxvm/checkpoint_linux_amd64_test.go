@@ -15,7 +15,7 @@ func TestLinuxCheckpoint(t *testing.T) {
 		s.start()
 		s.until("up ")
 		s.order("start")
-		for cycle := range 6 {
+		for cycle := range rounds(4, 20) {
 			s.steps(1)
 			if cycle%3 == 2 {
 				p := s.pauseBy(pauseOrder{Prepare: true, HoldAt: -1})

@@ -42,7 +42,7 @@ func TestLinuxClones(t *testing.T) {
 			c.wantLast("noted", "done noted origin") // also after the other has written
 			c.order("note " + c.job.Vsock)
 		}
-		for cycle := range 2 {
+		for cycle := range rounds(1, 3) {
 			for _, c := range clones {
 				c.steps(1 + uint64(cycle))
 			}

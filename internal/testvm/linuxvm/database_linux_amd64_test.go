@@ -20,7 +20,7 @@ func TestLinuxDatabase(t *testing.T) {
 		s.start()
 		s.until("up ")
 		s.order("start " + strings.Join(s.names, " "))
-		const cycles = 20
+		cycles := rounds(10, 20)
 		var crashed string // the disk as it was in the midst
 		var told uint64    // steps that the guest had told of by then
 		for cycle := range cycles {

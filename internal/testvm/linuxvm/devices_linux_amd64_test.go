@@ -270,7 +270,7 @@ func TestLinuxVsock(t *testing.T) {
 		s.until("up ")
 		s.order("start")
 		s.order(fmt.Sprintf("vsock-listen %d", echoPort))
-		for cycle := range 3 {
+		for cycle := range rounds(2, 6) {
 			st, port := s.connect(t)
 			s.wantCID()
 			s.wantLast(fmt.Sprintf("vsock-connect %d hello", connectPort), "done vsock-connect hello")
@@ -445,7 +445,7 @@ func TestLinuxNet(t *testing.T) {
 			s.fatalf("%v", err)
 		}
 		st := newStream(t, conn)
-		for range 3 {
+		for range rounds(2, 6) {
 			if err := st.more(1 << 20); err != nil {
 				s.fatalf("%v", err)
 			}

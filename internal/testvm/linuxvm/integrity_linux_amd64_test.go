@@ -12,18 +12,18 @@ import (
 // TestLinuxIntegrity pauses a guest in the midst of its work and resumes it in a new process, again and again, and
 // demands that nothing in it shows.
 func TestLinuxIntegrity(t *testing.T) {
-	Run(t, withE2fs(t, labConfig), func(t *testing.T, lab *Lab) { testIntegrity(t, lab, Options{Kernel: kvmlab.Cloud}, 20) })
+	Run(t, withE2fs(t, labConfig), func(t *testing.T, lab *Lab) { testIntegrity(t, lab, Options{Kernel: kvmlab.Cloud}, rounds(10, 20)) })
 }
 
 func TestLinuxIntegrityGeneric(t *testing.T) {
 	cfg := labConfig
 	cfg.Kernels = []string{kvmlab.Generic}
-	Run(t, withE2fs(t, cfg), func(t *testing.T, lab *Lab) { testIntegrity(t, lab, Options{Kernel: kvmlab.Generic}, 4) })
+	Run(t, withE2fs(t, cfg), func(t *testing.T, lab *Lab) { testIntegrity(t, lab, Options{Kernel: kvmlab.Generic}, rounds(3, 8)) })
 }
 
 func TestLinuxIntegrityTwoVCPUs(t *testing.T) {
 	Run(t, withE2fs(t, labConfig), func(t *testing.T, lab *Lab) {
-		testIntegrity(t, lab, Options{Kernel: kvmlab.Cloud, VCPUs: 2}, 8)
+		testIntegrity(t, lab, Options{Kernel: kvmlab.Cloud, VCPUs: 2}, rounds(7, 20))
 	})
 }
 
@@ -61,7 +61,7 @@ func testIntegrity(t *testing.T, lab *Lab, opts Options, cycles int) {
 }
 
 // pausedFor is long against what a machine runs between a pause and the next line of its logs.
-const pausedFor = 20 * time.Second
+const pausedFor = 10 * time.Second
 
 // TestLinuxClock demands that the time in which a guest is paused does not pass for it, unless it is wished: then its
 // wall clock is right, and timers that were due have fired.
@@ -91,7 +91,7 @@ func TestLinuxClock(t *testing.T) {
 		s.steps(1)
 		passed, passedHere := s.clock().Sub(guest), time.Since(host)
 		// An emulated machine's clock is not exact; the time of the pause is long against that.
-		if diff := passed - passedHere; diff.Abs() > pausedFor/4 {
+		if diff := passed - passedHere; diff.Abs() > pausedFor/2 {
 			t.Errorf("the guest's wall clock went on by %v in %v, of which it was paused for %v", passed, passedHere, pausedFor)
 		}
 		s.finish()

@@ -36,11 +36,7 @@ func TestLinuxKill(t *testing.T) {
 		s.order("start")
 		s.steps(2)
 		s.pause()
-		kills := 50
-		if testing.Short() {
-			kills = 12
-		}
-		for i := range kills {
+		for i := range rounds(4*killMoments, 50) {
 			s.start()
 			// The guest runs: some lines of some logs. None is missing or there twice, or they would not fit.
 			for range 3 {

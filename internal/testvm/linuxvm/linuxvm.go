@@ -73,6 +73,15 @@ func mustOpenLab(t testing.TB, dir string) *Lab {
 	return lab
 }
 
+// rounds is how often a test repeats something: as often as it takes to have had each case that it distinguishes, or, in a
+// long run, more.
+func rounds(n, long int) int {
+	if kvmlab.Long() {
+		return long
+	}
+	return n
+}
+
 // Lab is where Linux guests run, with what they are made of.
 type Lab struct {
 	dir  string // with the programs

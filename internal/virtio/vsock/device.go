@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/cryovisor/cryovisor/internal/virtio"
@@ -52,6 +53,7 @@ type Device struct {
 	limits   limits
 	listener *listener
 	host     virtio.Host
+	packets  atomic.Uint64 // exchanged with the guest, in both directions
 	waiting  chan struct{} // has an element for each client that has not sent its line
 	stop     chan struct{} // closed by Close
 	running  sync.WaitGroup
@@ -97,6 +99,9 @@ func newDevice(cfg Config, l limits) (*Device, error) {
 		all: map[*conn]struct{}{}, conns: map[key]*conn{}, nextPort: firstHostPort,
 	}, nil
 }
+
+// Packets is how many packets were exchanged with the guest. It may be called at any time.
+func (d *Device) Packets() uint64 { return d.packets.Load() }
 
 // Type implements virtio.Device.
 func (d *Device) Type() virtio.DeviceType { return virtio.TypeVsock }

@@ -70,6 +70,7 @@ func (d *Device) takeAll() (any bool, err error) {
 			break
 		}
 		any = true
+		d.packets.Add(1)
 		if err := complete(d.tx, chain, 0, d.take(&chain.Readable), false); err != nil {
 			return any, err
 		}
@@ -99,6 +100,7 @@ func (d *Device) giveAll() (any bool, err error) {
 			return any, errors.Join(err, d.rx.Notify())
 		}
 		any = true
+		d.packets.Add(1)
 		if err := d.give(c, chain); err != nil {
 			return any, err
 		}

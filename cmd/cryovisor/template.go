@@ -1,0 +1,218 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strconv"
+	"sync"
+	"text/tabwriter"
+	"time"
+
+	"github.com/dustin/go-humanize"
+	"github.com/spf13/cobra"
+
+	"github.com/cryovisor/cryovisor/lifecycle"
+	"github.com/cryovisor/cryovisor/server"
+	"github.com/cryovisor/cryovisor/vmm"
+)
+
+func newTemplateCommand() *cobra.Command {
+	var data string
+	cmd := &cobra.Command{
+		Use:   "template",
+		Short: "Make, list and delete the templates of a data directory",
+		Long: `Make, list and delete what sandboxes are made of, in a data directory that no
+server has at the time: kernels and disks are files of this host, and not the API's
+business. Checkpoints of sandboxes are templates too.`,
+	}
+	cmd.PersistentFlags().StringVar(&data, "data", "", "data directory")
+	_ = cmd.MarkPersistentFlagRequired("data")
+	cmd.AddCommand(newTemplateCreateCommand(&data), newTemplateListCommand(&data), newTemplateRemoveCommand(&data))
+	return cmd
+}
+
+// withManager opens a data directory for a verb.
+func withManager(ctx context.Context, data string, do func(m *lifecycle.Manager) error) (err error) {
+	m, err := lifecycle.OpenManager(ctx, data, lifecycle.ManagerOptions{Connect: server.Hardware(data)})
+	if errors.Is(err, lifecycle.ErrLocked) {
+		return fmt.Errorf("%w: end the server that has it first", err)
+	}
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, m.Close(context.WithoutCancel(ctx))) }()
+	return do(m)
+}
+
+// templateFlags are the flags of template create.
+type templateFlags struct {
+	boot      bootFlags
+	disks     diskFlags
+	vsock     bool
+	readyText string
+	settle    time.Duration
+	within    time.Duration
+	verbose   bool
+}
+
+func newTemplateCreateCommand(data *string) *cobra.Command {
+	var f templateFlags
+	cmd := &cobra.Command{
+		Use:   "create NAME",
+		Short: "Boot a machine, and keep it as a template when it is ready",
+		Long: `Boot a machine as 'cryovisor run' does, wait until it is ready, and keep it as a
+template, with its memory and its disks: sandboxes made of it begin there.
+
+It is ready when it has written a text to its console (--ready-text), and then
+has run for a while (--settle).`,
+		Example: "  cryovisor template create debian --data DIR --kernel vmlinuz --initrd initrd.img \\\n" +
+			"    --disk root=debian.qcow2 --vsock --ready-text 'login:' --settle 2s",
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error { return createTemplate(cmd, *data, args[0], &f) },
+	}
+	f.boot.add(cmd)
+	f.disks.addBoot(cmd)
+	flags := cmd.Flags()
+	flags.BoolVar(&f.vsock, "vsock", false, "give it a vsock device; a server connects that of each sandbox to DIR/run/ID.sock")
+	flags.StringVar(&f.readyText, "ready-text", "", "text on the console that says that it is up")
+	flags.DurationVar(&f.settle, "settle", 0, "how long it runs after that")
+	flags.DurationVar(&f.within, "ready-timeout", 2*time.Minute, "how long to wait for it to be ready")
+	flags.BoolVarP(&f.verbose, "verbose", "v", false, "print its console to standard error")
+	return cmd
+}
+
+func createTemplate(cmd *cobra.Command, data, name string, f *templateFlags) error {
+	if f.readyText == "" && f.settle == 0 {
+		return errors.New("when is it ready? give --ready-text, --settle, or both")
+	}
+	cfg, err := f.boot.config()
+	if err != nil {
+		return err
+	}
+	defer f.boot.close()
+	disks, err := f.disks.boot()
+	if err != nil {
+		return err
+	}
+	watch := &watcher{text: []byte(f.readyText), seen: make(chan struct{})}
+	if f.verbose {
+		watch.next = cmd.ErrOrStderr()
+	}
+	cfg.Console.Out = watch
+	template := lifecycle.TemplateConfig{Name: name, VM: cfg, Disks: disks.Boot, Ready: f.ready(watch)}
+	if f.vsock {
+		dir, err := os.MkdirTemp("", "cryovisor-")
+		if err != nil {
+			return err
+		}
+		defer func() { _ = os.RemoveAll(dir) }()
+		template.VM.Vsock = &vmm.Vsock{CID: guestCID, Path: filepath.Join(dir, "vsock")}
+		template.Labels = map[string]string{server.LabelVsock: strconv.Itoa(guestCID)}
+	}
+	return withManager(cmd.Context(), data, func(m *lifecycle.Manager) error {
+		info, err := m.CreateTemplate(cmd.Context(), template)
+		if err == nil {
+			fmt.Fprintln(cmd.OutOrStdout(), info.ID)
+		}
+		return err
+	})
+}
+
+// ready waits until the guest is.
+func (f *templateFlags) ready(watch *watcher) func(context.Context, *lifecycle.Machine) error {
+	return func(ctx context.Context, m *lifecycle.Machine) error {
+		ctx, cancel := context.WithTimeoutCause(ctx, f.within, fmt.Errorf("it is not ready within %v", f.within))
+		defer cancel()
+		wait := func(is <-chan struct{}, after <-chan time.Time) error {
+			select {
+			case <-is:
+			case <-after:
+			case <-m.VM.Ended():
+				return m.VM.Wait(ctx)
+			case <-ctx.Done():
+				return context.Cause(ctx)
+			}
+			return nil
+		}
+		if f.readyText != "" {
+			if err := wait(watch.seen, nil); err != nil {
+				return err
+			}
+		}
+		return wait(nil, time.After(f.settle))
+	}
+}
+
+// watcher closes seen when a text has been written to it.
+type watcher struct {
+	text []byte
+	seen chan struct{}
+	next io.Writer
+
+	mu   sync.Mutex
+	tail []byte
+	done bool
+}
+
+// Write implements io.Writer.
+func (w *watcher) Write(b []byte) (int, error) {
+	w.mu.Lock()
+	w.tail = append(w.tail, b...)
+	if !w.done && len(w.text) > 0 && bytes.Contains(w.tail, w.text) {
+		w.done = true
+		close(w.seen)
+	}
+	w.tail = w.tail[max(0, len(w.tail)-len(w.text)):]
+	w.mu.Unlock()
+	if w.next != nil {
+		return w.next.Write(b)
+	}
+	return len(b), nil
+}
+
+func newTemplateListCommand(data *string) *cobra.Command {
+	asJSON := false
+	cmd := &cobra.Command{
+		Use: "ls", Short: "List templates and checkpoints, the newest first", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return withManager(cmd.Context(), *data, func(m *lifecycle.Manager) error {
+				all := m.Templates()
+				if asJSON {
+					return json.NewEncoder(cmd.OutOrStdout()).Encode(all)
+				}
+				t := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 0, 2, ' ', 0)
+				fmt.Fprintln(t, "ID\tNAME\tVCPUS\tMEMORY\tDISK\tSTORED\tCREATED\tOF SANDBOX")
+				for _, info := range all {
+					fmt.Fprintf(t, "%s\t%q\t%d\t%s\t%s\t%s\t%s\t%s\n", info.ID, info.Name, info.VCPUs, humanize.IBytes(info.MemoryBytes),
+						humanize.IBytes(info.DiskBytes), humanize.IBytes(info.StoredBytes), humanize.Time(info.Created), info.Source)
+				}
+				return t.Flush()
+			})
+		},
+	}
+	cmd.Flags().BoolVar(&asJSON, "json", false, "as JSON")
+	return cmd
+}
+
+func newTemplateRemoveCommand(data *string) *cobra.Command {
+	return &cobra.Command{
+		Use: "rm NAME...", Short: "Delete templates or checkpoints, by id or name; sandboxes made of them stay", Args: cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return withManager(cmd.Context(), *data, func(m *lifecycle.Manager) error {
+				return each(cmd, args, func(name string) error {
+					info, err := m.Template(name)
+					if err != nil {
+						return err
+					}
+					return m.DeleteTemplate(cmd.Context(), info.ID)
+				})
+			})
+		},
+	}
+}
