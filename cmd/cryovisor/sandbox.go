@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/http"
 	"os"
 	"text/tabwriter"
 	"time"
@@ -150,7 +149,7 @@ func newPauseCommand() *cobra.Command {
 			}
 			return each(cmd, args, func(id string) error {
 				err := c.Pause(cmd.Context(), id)
-				if answer := (*client.Error)(nil); errors.As(err, &answer) && answer.Code == http.StatusConflict {
+				if state := (*lifecycle.StateError)(nil); errors.As(err, &state) {
 					return nil // it is paused, as is wanted
 				}
 				return err
