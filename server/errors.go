@@ -14,14 +14,24 @@ import (
 type apiError struct {
 	Code    int    `json:"code"`
 	Message string `json:"message"`
+	// What follows is an addition of ours, for clients that tell errors of one code apart: the state that a sandbox is in, or the limit that is reached.
+	State lifecycle.State `json:"state,omitempty"`
+	Limit *limitBody      `json:"limit,omitempty"`
 }
+
+type limitBody struct {
+	What string `json:"what"`
+	Most uint64 `json:"most"`
+}
+
+func newError(code int, message string) *apiError { return &apiError{Code: code, Message: message} }
 
 func (e *apiError) Error() string { return e.Message }
 
 var (
-	errInternal = &apiError{http.StatusInternalServerError, "the server has failed; its log says more, by the request's id"}
-	errBusy     = &apiError{http.StatusServiceUnavailable, "too many requests are under way; try again"}
-	errNoKey    = &apiError{http.StatusUnauthorized, "the X-API-KEY header has no valid API key"}
+	errInternal = newError(http.StatusInternalServerError, "the server has failed; its log says more, by the request's id")
+	errBusy     = newError(http.StatusServiceUnavailable, "too many requests are under way; try again")
+	errNoKey    = newError(http.StatusUnauthorized, "the X-API-KEY header has no valid API key")
 )
 
 // tooMany is an error that says when to try again.
@@ -32,7 +42,7 @@ type tooMany struct {
 
 func (e *tooMany) Error() string { return e.message }
 
-func badRequest(message string) error { return &apiError{http.StatusBadRequest, message} }
+func badRequest(message string) error { return newError(http.StatusBadRequest, message) }
 
 // statusOf is what an error is in HTTP.
 func statusOf(err error) int { return answerOf(err).Code }
@@ -50,21 +60,21 @@ func answerOf(err error) *apiError {
 	case errors.As(err, &known):
 		return known
 	case errors.As(err, &many):
-		return &apiError{http.StatusTooManyRequests, many.message}
+		return newError(http.StatusTooManyRequests, many.message)
 	case errors.As(err, &limit):
-		return &apiError{http.StatusTooManyRequests, limit.Error()}
+		return &apiError{Code: http.StatusTooManyRequests, Message: limit.Error(), Limit: &limitBody{limit.What, limit.Limit}}
 	case errors.As(err, &state):
-		return &apiError{http.StatusConflict, state.Error()}
+		return &apiError{Code: http.StatusConflict, Message: state.Error(), State: state.State}
 	case errors.As(err, &body):
-		return &apiError{http.StatusRequestEntityTooLarge, "the body is too large"}
+		return newError(http.StatusRequestEntityTooLarge, "the body is too large")
 	case errors.Is(err, lifecycle.ErrNotFound):
-		return &apiError{http.StatusNotFound, "not found"}
+		return newError(http.StatusNotFound, "not found")
 	case errors.Is(err, lifecycle.ErrInvalid):
-		return &apiError{http.StatusBadRequest, err.Error()}
+		return newError(http.StatusBadRequest, err.Error())
 	case errors.Is(err, lifecycle.ErrExists):
-		return &apiError{http.StatusConflict, "the name is in use"}
+		return newError(http.StatusConflict, "the name is in use")
 	case errors.Is(err, lifecycle.ErrManagerClosed), errors.Is(err, context.DeadlineExceeded):
-		return &apiError{http.StatusServiceUnavailable, "the server is busy or about to end; try again"}
+		return newError(http.StatusServiceUnavailable, "the server is busy or about to end; try again")
 	}
 	return errInternal
 }

@@ -13,3 +13,6 @@ func Routes() []string {
 
 // ParseMetadata is what reads a list's metadata.
 var ParseMetadata = parseMetadata
+
+// WriteError answers with an error.
+var WriteError = writeError

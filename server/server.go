@@ -157,10 +157,10 @@ func (s *Server) noRoute(r *http.Request) error {
 		other := *r
 		other.Method = method
 		if _, pattern := s.mux.Handler(&other); pattern != "" {
-			return &apiError{http.StatusMethodNotAllowed, "this path has no method " + r.Method}
+			return newError(http.StatusMethodNotAllowed, "this path has no method "+r.Method)
 		}
 	}
-	return &apiError{http.StatusNotFound, "there is no such path"}
+	return newError(http.StatusNotFound, "there is no such path")
 }
 
 // handler authenticates and bounds a request, and has its route answer it.

@@ -43,6 +43,11 @@ type diskFlags struct {
 // addBoot adds the flags that name the disks of a guest that is booted.
 func (d *diskFlags) addBoot(cmd *cobra.Command) {
 	d.dir.add(cmd)
+	d.addNew(cmd)
+}
+
+// addNew adds those that name disks, for a verb that has a directory of its own for what guests write.
+func (d *diskFlags) addNew(cmd *cobra.Command) {
 	f := cmd.Flags()
 	f.StringArrayVar(&d.images, "disk", nil, "a disk that pauses store, as NAME=FILE of an image (raw, qcow2) that is never written; once for each")
 	f.StringArrayVar(&d.overlay, "disk-overlay", nil, "a disk that pauses store, as NAME=FILE of a file that 'disk create' or an earlier guest made")

@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -32,21 +34,31 @@ var (
 func (f *remoteFlags) add(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&f.url, "url", "", "the server (default $"+strings.Join(urlVariables, ", else $")+", else http://"+defaultListen+")")
 	cmd.Flags().StringVar(&f.keyFile, "api-key-file", "", "file with the API key (default: the key in $"+strings.Join(keyVariables, ", else $")+")")
+	cmd.Flags().StringVar(&f.data, "data", "", "a data directory that no server has, instead of a server")
+	cmd.Flags().Lookup("data").Hidden = true
 }
 
-func (f *remoteFlags) addData(cmd *cobra.Command) {
-	cmd.Flags().StringVar(&f.data, "data", "", "a data directory that no server has, instead of a server")
+// allowData is for verbs that need no running machine. The others know the flag too, to say what they need.
+func (f *remoteFlags) allowData(cmd *cobra.Command) {
+	cmd.Flags().Lookup("data").Hidden = false
 	cmd.MarkFlagsMutuallyExclusive("data", "url")
 }
 
-func (f *remoteFlags) addOutput(cmd *cobra.Command) {
+func (f *remoteFlags) addJSON(cmd *cobra.Command) {
 	cmd.Flags().BoolVar(&f.json, "json", false, "as JSON")
+}
+
+func (f *remoteFlags) addOutput(cmd *cobra.Command) {
+	f.addJSON(cmd)
 	cmd.Flags().BoolVarP(&f.quiet, "quiet", "q", false, "ids only")
 	cmd.MarkFlagsMutuallyExclusive("json", "quiet")
 }
 
 // client never takes a key from the command line, which other users of the host can see.
 func (f *remoteFlags) client() (*client.Client, error) {
+	if f.data != "" {
+		return nil, fmt.Errorf("this needs a process that holds the machine: start 'cryovisor serve --data %s', and leave --data out here", f.data)
+	}
 	c := &client.Client{URL: f.url, Key: firstSet(keyVariables)}
 	if c.URL == "" {
 		c.URL = firstSet(urlVariables)
@@ -112,16 +124,38 @@ func (f *remoteFlags) show(w io.Writer, sandboxes []client.Sandbox) error {
 			template = s.Template
 		}
 		var metadata []string
-		for k, v := range s.Metadata {
-			metadata = append(metadata, fmt.Sprintf("%q=%q", k, v))
+		for _, k := range slices.Sorted(maps.Keys(s.Metadata)) {
+			metadata = append(metadata, fmt.Sprintf("%q=%q", k, s.Metadata[k]))
 		}
 		fmt.Fprintf(t, "%s\t%q\t%s\t%s\t%s\t%s\t%s\t%s\n", s.ID, template, s.State, humanize.IBytes(s.MemoryMiB<<20), humanize.IBytes(s.StoredBytes),
-			humanize.Time(s.Started), humanize.Time(s.End), strings.Join(metadata, " "))
+			fromNow(s.Started), fromNow(s.End), strings.Join(metadata, " "))
 	}
 	return t.Flush()
 }
 
-// seconds checks a duration of whole seconds.
+// fromNow is a time as "3m ago" or "in 3m".
+func fromNow(t time.Time) string {
+	if d := time.Until(t); d > 0 {
+		return "in " + short(d)
+	}
+	return short(time.Since(t)) + " ago"
+}
+
+// short is a duration in the largest unit that it has two of, or in seconds.
+func short(d time.Duration) string {
+	const day = 24 * time.Hour
+	switch {
+	case d < 2*time.Minute:
+		return fmt.Sprintf("%ds", d/time.Second)
+	case d < 2*time.Hour:
+		return fmt.Sprintf("%dm", d/time.Minute)
+	case d < 2*day:
+		return fmt.Sprintf("%dh", d/time.Hour)
+	}
+	return fmt.Sprintf("%dd", d/day)
+}
+
+// wholeSeconds checks a duration, which the contract has in seconds.
 func wholeSeconds(d time.Duration) error {
 	if d < 0 || d%time.Second != 0 {
 		return fmt.Errorf("a timeout of %v: want whole seconds", d)
@@ -129,17 +163,36 @@ func wholeSeconds(d time.Duration) error {
 	return nil
 }
 
-// each does something for each of several sandboxes, all of them even if some fail.
-func each(cmd *cobra.Command, ids []string, do func(id string) error) error {
+// outcome is what came of one of several things.
+type outcome struct {
+	ID    string `json:"id"`
+	Error string `json:"error,omitempty"`
+}
+
+// each does something for each of several sandboxes or templates, all of them even if some fail.
+func each(cmd *cobra.Command, ids []string, asJSON bool, do func(id string) error) error {
 	var errs []error
+	outcomes := make([]outcome, 0, len(ids))
 	for _, id := range ids {
+		of := outcome{ID: id}
 		if err := do(id); err != nil {
-			fmt.Fprintln(cmd.ErrOrStderr(), "cryovisor:", err)
+			of.Error = err.Error()
 			errs = append(errs, err)
 		}
+		outcomes = append(outcomes, of)
 	}
-	if len(errs) > 0 && len(ids) > 1 {
-		return fmt.Errorf("%d of %d failed", len(errs), len(ids))
+	var failed error
+	if asJSON {
+		failed = json.NewEncoder(cmd.OutOrStdout()).Encode(outcomes)
 	}
-	return errors.Join(errs...)
+	if len(ids) == 1 {
+		return errors.Join(append(errs, failed)...)
+	}
+	for _, err := range errs {
+		fmt.Fprintln(cmd.ErrOrStderr(), "cryovisor:", err)
+	}
+	if len(errs) > 0 {
+		failed = errors.Join(failed, fmt.Errorf("%d of %d failed", len(errs), len(ids)))
+	}
+	return failed
 }

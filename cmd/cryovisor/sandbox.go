@@ -2,9 +2,10 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
-	"net/http"
+	"io"
 	"os"
 	"text/tabwriter"
 	"time"
@@ -82,6 +83,9 @@ func newListCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "ls", Short: "List sandboxes, running and paused, the newest first", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) (err error) {
+			if o.State != "" && o.State != string(lifecycle.StateRunning) && o.State != string(lifecycle.StatePaused) {
+				return fmt.Errorf("--state %q: want running or paused", o.State)
+			}
 			if o.Metadata, err = pairs(metadata); err != nil {
 				return err
 			}
@@ -93,11 +97,20 @@ func newListCommand() *cobra.Command {
 		},
 	}
 	f.add(cmd)
-	f.addData(cmd)
+	f.allowData(cmd)
 	f.addOutput(cmd)
 	cmd.Flags().StringVar(&o.State, "state", "", "running or paused")
 	cmd.Flags().StringArrayVar(&metadata, "metadata", nil, "key=value that it must have; may be repeated")
 	return cmd
+}
+
+// direct does something with the directory that the flags name.
+func (f *remoteFlags) direct(ctx context.Context, do func(m *lifecycle.Manager) error) error {
+	err := withExisting(ctx, f.data, do)
+	if errors.Is(err, lifecycle.ErrLocked) {
+		return fmt.Errorf("%w, or ask it: give --url in place of --data", err)
+	}
+	return err
 }
 
 // list lists the sandboxes of a server or of a directory.
@@ -109,7 +122,7 @@ func (f *remoteFlags) list(ctx context.Context, o client.ListOptions) (all []cli
 		}
 		return listAll(ctx, c, o)
 	}
-	err = withManager(ctx, f.data, func(m *lifecycle.Manager) error {
+	err = f.direct(ctx, func(m *lifecycle.Manager) error {
 		opts := lifecycle.ListOptions{Metadata: o.Metadata}
 		if o.State != "" {
 			opts.States = []lifecycle.State{lifecycle.State(o.State)}
@@ -148,9 +161,9 @@ func newPauseCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return each(cmd, args, func(id string) error {
+			return each(cmd, args, f.json, func(id string) error {
 				err := c.Pause(cmd.Context(), id)
-				if answer := (*client.Error)(nil); errors.As(err, &answer) && answer.Code == http.StatusConflict {
+				if state := (*lifecycle.StateError)(nil); errors.As(err, &state) {
 					return nil // it is paused, as is wanted
 				}
 				return err
@@ -158,6 +171,7 @@ func newPauseCommand() *cobra.Command {
 		},
 	}
 	f.add(cmd)
+	f.addJSON(cmd)
 	return cmd
 }
 
@@ -167,19 +181,20 @@ func newKillCommand() *cobra.Command {
 		Use: "kill ID...", Short: "Kill sandboxes, running or paused, and delete all of them", Args: cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if f.data != "" {
-				return withManager(cmd.Context(), f.data, func(m *lifecycle.Manager) error {
-					return each(cmd, args, func(id string) error { return m.Kill(cmd.Context(), id) })
+				return f.direct(cmd.Context(), func(m *lifecycle.Manager) error {
+					return each(cmd, args, f.json, func(id string) error { return m.Kill(cmd.Context(), id) })
 				})
 			}
 			c, err := f.client()
 			if err != nil {
 				return err
 			}
-			return each(cmd, args, func(id string) error { return c.Kill(cmd.Context(), id) })
+			return each(cmd, args, f.json, func(id string) error { return c.Kill(cmd.Context(), id) })
 		},
 	}
 	f.add(cmd)
-	f.addData(cmd)
+	f.addJSON(cmd)
+	f.allowData(cmd)
 	return cmd
 }
 
@@ -246,10 +261,29 @@ func newLogsCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return logs(cmd, c, args[0], follow)
+			if follow {
+				return f.followLogs(cmd, c, args[0])
+			}
+			all := []client.Log{}
+			for cursor := int64(0); ; {
+				lines, next, err := c.Logs(cmd.Context(), args[0], cursor)
+				if err != nil {
+					return err
+				}
+				if all = append(all, lines...); next == cursor {
+					break
+				}
+				cursor = next
+			}
+			if f.json {
+				return json.NewEncoder(cmd.OutOrStdout()).Encode(all)
+			}
+			printLogs(cmd.OutOrStdout(), all)
+			return nil
 		},
 	}
 	f.add(cmd)
+	cmd.Flags().BoolVar(&f.json, "json", false, "as JSON; with --follow, a line for each line")
 	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "go on with what it writes, until interrupted")
 	return cmd
 }
@@ -257,28 +291,48 @@ func newLogsCommand() *cobra.Command {
 // pollEvery is how often a server is asked for what is new.
 const pollEvery = time.Second
 
-func logs(cmd *cobra.Command, c *client.Client, id string, follow bool) error {
-	for cursor := int64(0); ; {
+func (f *remoteFlags) followLogs(cmd *cobra.Command, c *client.Client, id string) error {
+	cursor := int64(0)
+	return again(cmd.Context(), func() error {
 		lines, next, err := c.Logs(cmd.Context(), id, cursor)
 		if err != nil {
 			return err
 		}
-		for _, l := range lines {
-			fmt.Fprintf(cmd.OutOrStdout(), "%s\n", printable(l.Message))
-		}
-		more := next > cursor
 		cursor = next
-		if !follow && !more {
+		if !f.json {
+			printLogs(cmd.OutOrStdout(), lines)
 			return nil
 		}
-		if more {
-			continue
+		for _, l := range lines {
+			if err := json.NewEncoder(cmd.OutOrStdout()).Encode(l); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// again does something again and again, until it fails or ctx ends, which is no error: it is how people end it.
+func again(ctx context.Context, do func() error) error {
+	for {
+		err := do()
+		if ctx.Err() != nil {
+			return nil
+		}
+		if err != nil {
+			return err
 		}
 		select {
-		case <-cmd.Context().Done():
+		case <-ctx.Done():
 			return nil
 		case <-time.After(pollEvery):
 		}
+	}
+}
+
+func printLogs(w io.Writer, lines []client.Log) {
+	for _, l := range lines {
+		fmt.Fprintln(w, printable(l.Message))
 	}
 }
 
@@ -299,46 +353,67 @@ func newTopCommand() *cobra.Command {
 	var once bool
 	cmd := &cobra.Command{
 		Use: "top", Short: "Show what running sandboxes use, again and again on a terminal", Args: cobra.NoArgs,
+		Long: fmt.Sprintf(`Show what running sandboxes use: processor time (100 %% is one processor, since it last
+began to run), memory that was fetched, and how long they have run and will.
+
+A server is asked for the use of the newest %d only, as it bounds the rate of requests.`, maxUsages),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, err := f.client()
 			if err != nil {
 				return err
 			}
-			once = once || !term.IsTerminal(int(os.Stdout.Fd()))
-			for {
-				if !once {
-					fmt.Fprint(cmd.OutOrStdout(), "\x1b[H\x1b[2J")
-				}
-				if err := top(cmd, c); err != nil || once {
-					return err
-				}
-				select {
-				case <-cmd.Context().Done():
-					return nil
-				case <-time.After(pollEvery):
-				}
+			if once || f.json || !term.IsTerminal(int(os.Stdout.Fd())) {
+				return f.top(cmd, c)
 			}
+			return again(cmd.Context(), func() error {
+				fmt.Fprint(cmd.OutOrStdout(), "\x1b[H\x1b[2J")
+				return f.top(cmd, c)
+			})
 		},
 	}
 	f.add(cmd)
-	cmd.Flags().BoolVar(&once, "once", false, "show it once, as it is done where the output is no terminal")
+	f.addJSON(cmd)
+	cmd.Flags().BoolVar(&once, "once", false, "show it once, as it is done for --json and where the output is no terminal")
 	return cmd
 }
 
-func top(cmd *cobra.Command, c *client.Client) error {
-	all, err := listAll(cmd.Context(), c, client.ListOptions{State: "running"})
+// maxUsages is for how many sandboxes top asks how much they use: each is a request, each second, at the cost of the key's other users.
+const maxUsages = 20
+
+// used is a sandbox, and what it uses if that is known.
+type used struct {
+	client.Sandbox
+	Usage *client.Usage `json:"usage,omitempty"`
+}
+
+func (f *remoteFlags) top(cmd *cobra.Command, c *client.Client) error {
+	all, err := listAll(cmd.Context(), c, client.ListOptions{State: string(lifecycle.StateRunning)})
 	if err != nil {
 		return err
 	}
+	rows := make([]used, len(all))
+	for i, s := range all {
+		rows[i] = used{Sandbox: s}
+		if i >= maxUsages {
+			continue
+		}
+		rows[i].Usage, err = c.Usage(cmd.Context(), s.ID)
+		if err != nil && !errors.Is(err, lifecycle.ErrNotFound) && !errors.Is(err, client.ErrRateLimited) {
+			return err
+		}
+	}
+	if f.json {
+		return json.NewEncoder(cmd.OutOrStdout()).Encode(rows)
+	}
 	t := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 0, 2, ' ', 0)
 	fmt.Fprintln(t, "ID\tCPU %\tFETCHED\tMEMORY\tUP\tLEFT")
-	for _, s := range all {
-		usage, err := c.Usage(cmd.Context(), s.ID)
-		if err != nil || usage == nil {
-			continue // it has ended or is paused by now
+	for _, row := range rows {
+		cpu, fetched := "-", "-"
+		if row.Usage != nil {
+			cpu, fetched = fmt.Sprintf("%.1f", row.Usage.CPUPercent), humanize.IBytes(row.Usage.MemUsed)
 		}
-		fmt.Fprintf(t, "%s\t%.1f\t%s\t%s\t%v\t%v\n", s.ID, usage.CPUPercent, humanize.IBytes(usage.MemUsed), humanize.IBytes(usage.MemTotal),
-			time.Since(s.Started).Round(time.Second), time.Until(s.End).Round(time.Second))
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\n", row.ID, cpu, fetched, humanize.IBytes(row.MemoryMiB<<20),
+			short(time.Since(row.Started)), short(max(0, time.Until(row.End))))
 	}
 	return t.Flush()
 }

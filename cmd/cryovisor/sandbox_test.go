@@ -8,14 +8,20 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"io/fs"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/cryovisor/cryovisor/lifecycle"
+	"github.com/cryovisor/cryovisor/server"
 	"github.com/cryovisor/cryovisor/server/client"
 	"github.com/cryovisor/cryovisor/vmm"
 )
@@ -112,14 +118,22 @@ func TestServe(t *testing.T) {
 	if got := succeed(t, "top"); !strings.Contains(got, id) || !strings.Contains(got, fork) {
 		t.Errorf("top: %s", got)
 	}
-	succeed(t, "logs", id)
-	if _, err := command(t, "kill", fork, "nobody"); err == nil {
-		t.Error("nobody was killed")
+	var usage []used
+	if err := json.Unmarshal([]byte(succeed(t, "top", "--json")), &usage); err != nil || len(usage) != 2 || usage[0].Usage == nil {
+		t.Errorf("top: %+v, %v", usage, err)
+	}
+	if got := succeed(t, "logs", id, "--json"); got != "[]\n" {
+		t.Errorf("logs: %q", got)
+	}
+	var outcomes []outcome
+	out, err = command(t, "kill", fork, "nobody", "--json")
+	if json.Unmarshal([]byte(out), &outcomes) != nil || err == nil || len(outcomes) != 2 || outcomes[0] != (outcome{ID: fork}) || outcomes[1].Error == "" {
+		t.Errorf("kill: %s, %v", out, err)
 	}
 	if _, err := command(t, "kill", "nobody"); !errors.Is(err, lifecycle.ErrNotFound) {
 		t.Errorf("kill nobody: %v", err)
 	}
-	if _, err := command(t, "ls", "--data", dir); !errors.Is(err, lifecycle.ErrLocked) {
+	if _, err := command(t, "ls", "--data", dir); !errors.Is(err, lifecycle.ErrLocked) || !strings.Contains(err.Error(), "--url") {
 		t.Errorf("beside the server: %v", err)
 	}
 	end()
@@ -129,6 +143,11 @@ func TestServe(t *testing.T) {
 	}
 	if got := succeed(t, "template", "ls", "--data", dir); !strings.Contains(got, `"base"`) {
 		t.Errorf("templates: %s", got)
+	}
+	for _, args := range [][]string{{"pause", id}, {"connect", id}, {"fork", id}, {"logs", id}, {"create"}, {"top"}} {
+		if _, err := command(t, append(args, "--data", dir)...); err == nil || !strings.Contains(err.Error(), "cryovisor serve") {
+			t.Errorf("%v without a server: %v", args, err)
+		}
 	}
 
 	second := strings.TrimSpace(succeed(t, "apikey", "create", "second", "--data", dir))
@@ -178,6 +197,118 @@ func TestTemplateVerbs(t *testing.T) {
 	succeed(t, "template", "rm", "tiny", "--data", data)
 	if _, err := command(t, "template", "rm", "tiny", "--data", data); !errors.Is(err, lifecycle.ErrNotFound) {
 		t.Errorf("deleted twice: %v", err)
+	}
+}
+
+// past is a clock of long ago.
+type past struct{ lifecycle.SystemClock }
+
+func (past) Now() time.Time { return time.Now().Add(-40 * 24 * time.Hour) }
+
+// TestLooking lists a directory whose server keeps what is paused for longer than others do: that is there afterwards too.
+func TestLooking(t *testing.T) {
+	if _, err := vmm.Probe(); errors.Is(err, vmm.ErrNoKVM) || errors.Is(err, vmm.ErrPermission) {
+		t.Skip(err)
+	}
+	dir := filepath.Join(t.TempDir(), "data")
+	m, err := lifecycle.OpenManager(t.Context(), dir, lifecycle.ManagerOptions{Clock: past{}, Retention: 60 * 24 * time.Hour})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := server.EnsureBase(t.Context(), m); err != nil {
+		t.Fatal(err)
+	}
+	s, err := m.Create(t.Context(), lifecycle.CreateOptions{Template: server.BaseTemplate})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Pause(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if got := strings.TrimSpace(succeed(t, "ls", "-q", "--data", dir)); got != s.ID() {
+			t.Errorf("a sandbox that its server would have kept: %q", got)
+		}
+	}
+	if got := succeed(t, "template", "ls", "-q", "--data", dir); strings.Count(got, "\n") != 1 {
+		t.Errorf("templates: %q", got)
+	}
+	if out := succeed(t, "kill", s.ID(), "--data", dir, "--json"); !strings.Contains(out, s.ID()) || succeed(t, "ls", "-q", "--data", dir) != "" {
+		t.Errorf("killed: %s", out)
+	}
+}
+
+// TestMistyped names a directory that is not there, which must not come into being.
+func TestMistyped(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "data")
+	for _, args := range [][]string{{"ls"}, {"kill", "x"}, {"template", "ls"}, {"template", "rm", "x"}} {
+		if _, err := command(t, append(args, "--data", dir)...); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%v: %v", args, err)
+		}
+	}
+	if _, err := command(t, "ls", "--data", dir, "--state", "asleep"); err == nil || !strings.Contains(err.Error(), "asleep") {
+		t.Errorf("a state that there is not: %v", err)
+	}
+	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("it was made: %v", err)
+	}
+}
+
+// TestTop asks a server that has had enough: sandboxes are shown even so.
+func TestTop(t *testing.T) {
+	asked := 0
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if !strings.HasSuffix(r.URL.Path, "/metrics") {
+			_ = json.NewEncoder(w).Encode(slices.Repeat([]client.Sandbox{{ID: "one", Metadata: map[string]string{}}}, 30))
+			return
+		}
+		asked++
+		w.WriteHeader(http.StatusTooManyRequests)
+	}))
+	defer s.Close()
+	t.Setenv("CRYOVISOR_URL", s.URL)
+	t.Setenv("CRYOVISOR_API_KEY", "key")
+	if got := succeed(t, "top", "--once"); strings.Count(got, "one ") != 30 || asked != maxUsages {
+		t.Errorf("%d questions: %s", asked, got)
+	}
+}
+
+// TestFollow interrupts logs -f, which is how it ends.
+func TestFollow(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Query().Get("cursor") == "0" {
+			_, _ = io.WriteString(w, `{"logs":[{"message":"a\u001b[2Jb","fields":{"cursor":"7"}}]}`)
+			return
+		}
+		cancel()
+	}))
+	defer s.Close()
+	t.Setenv("CRYOVISOR_API_KEY", "key")
+	var out bytes.Buffer
+	cmd := newRootCommand()
+	cmd.SetArgs([]string{"logs", "-f", "one", "--url", s.URL})
+	cmd.SetOut(&out)
+	if err := cmd.ExecuteContext(ctx); err != nil || out.String() != "a[2Jb\n" {
+		t.Errorf("%q, %v", out.String(), err)
+	}
+}
+
+func TestShow(t *testing.T) {
+	metadata := map[string]string{"b": "2", "a": "1", "d": "4\x1b", "c": "3"}
+	for range 20 {
+		var out bytes.Buffer
+		if err := new(remoteFlags).show(&out, []client.Sandbox{{Metadata: metadata}}); err != nil || !strings.HasSuffix(out.String(), `"a"="1" "b"="2" "c"="3" "d"="4\x1b"`+"\n") {
+			t.Fatalf("%s %v", out.String(), err)
+		}
+	}
+	for d, want := range map[time.Duration]string{0: "0s", 119 * time.Second: "119s", 2 * time.Minute: "2m", 2 * time.Hour: "2h", 47 * time.Hour: "47h", 48 * time.Hour: "2d"} {
+		if got := short(d); got != want {
+			t.Errorf("%v: %s", d, got)
+		}
 	}
 }
 

@@ -37,17 +37,29 @@ business. Checkpoints of sandboxes are templates too.`,
 	return cmd
 }
 
-// withManager opens a data directory for a verb.
+// forVerbs is how long a directory that is opened for a verb keeps what is paused: longer than any server does, whose retention is not known here. A verb
+// that looks must not delete.
+const forVerbs = 100 * 365 * 24 * time.Hour
+
+// withManager opens a data directory for a verb, or makes it.
 func withManager(ctx context.Context, data string, do func(m *lifecycle.Manager) error) (err error) {
-	m, err := lifecycle.OpenManager(ctx, data, lifecycle.ManagerOptions{Connect: server.Hardware(data)})
+	m, err := lifecycle.OpenManager(ctx, data, lifecycle.ManagerOptions{Connect: server.Hardware(data), Retention: forVerbs})
 	if errors.Is(err, lifecycle.ErrLocked) {
-		return fmt.Errorf("%w: end the server that has it first", err)
+		return fmt.Errorf("%w, a server it seems: end that first", err)
 	}
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, m.Close(context.WithoutCancel(ctx))) }()
 	return do(m)
+}
+
+// withExisting is withManager for a directory that must be there: a name that is mistyped is not to become one, with a key in it.
+func withExisting(ctx context.Context, data string, do func(m *lifecycle.Manager) error) error {
+	if _, err := os.Stat(filepath.Join(data, "catalog.db")); err != nil {
+		return fmt.Errorf("%s is no data directory: %w", data, err)
+	}
+	return withManager(ctx, data, do)
 }
 
 // templateFlags are the flags of template create.
@@ -59,6 +71,7 @@ type templateFlags struct {
 	settle    time.Duration
 	within    time.Duration
 	verbose   bool
+	json      bool
 }
 
 func newTemplateCreateCommand(data *string) *cobra.Command {
@@ -77,13 +90,14 @@ has run for a while (--settle).`,
 		RunE: func(cmd *cobra.Command, args []string) error { return createTemplate(cmd, *data, args[0], &f) },
 	}
 	f.boot.add(cmd)
-	f.disks.addBoot(cmd)
+	f.disks.addNew(cmd)
 	flags := cmd.Flags()
 	flags.BoolVar(&f.vsock, "vsock", false, "give it a vsock device; a server connects that of each sandbox to DIR/run/ID.sock")
 	flags.StringVar(&f.readyText, "ready-text", "", "text on the console that says that it is up")
 	flags.DurationVar(&f.settle, "settle", 0, "how long it runs after that")
 	flags.DurationVar(&f.within, "ready-timeout", 2*time.Minute, "how long to wait for it to be ready")
 	flags.BoolVarP(&f.verbose, "verbose", "v", false, "print its console to standard error")
+	flags.BoolVar(&f.json, "json", false, "as JSON: all that is known of the template, in place of its id")
 	return cmd
 }
 
@@ -117,10 +131,14 @@ func createTemplate(cmd *cobra.Command, data, name string, f *templateFlags) err
 	}
 	return withManager(cmd.Context(), data, func(m *lifecycle.Manager) error {
 		info, err := m.CreateTemplate(cmd.Context(), template)
-		if err == nil {
-			fmt.Fprintln(cmd.OutOrStdout(), info.ID)
+		if err != nil {
+			return err
 		}
-		return err
+		if f.json {
+			return json.NewEncoder(cmd.OutOrStdout()).Encode(info)
+		}
+		fmt.Fprintln(cmd.OutOrStdout(), info.ID)
+		return nil
 	})
 }
 
@@ -177,35 +195,48 @@ func (w *watcher) Write(b []byte) (int, error) {
 }
 
 func newTemplateListCommand(data *string) *cobra.Command {
-	asJSON := false
+	var asJSON, quiet bool
 	cmd := &cobra.Command{
 		Use: "ls", Short: "List templates and checkpoints, the newest first", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return withManager(cmd.Context(), *data, func(m *lifecycle.Manager) error {
+			return withExisting(cmd.Context(), *data, func(m *lifecycle.Manager) error {
 				all := m.Templates()
-				if asJSON {
+				switch {
+				case asJSON:
 					return json.NewEncoder(cmd.OutOrStdout()).Encode(all)
+				case quiet:
+					for _, info := range all {
+						fmt.Fprintln(cmd.OutOrStdout(), info.ID)
+					}
+					return nil
 				}
-				t := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 0, 2, ' ', 0)
-				fmt.Fprintln(t, "ID\tNAME\tVCPUS\tMEMORY\tDISK\tSTORED\tCREATED\tOF SANDBOX")
-				for _, info := range all {
-					fmt.Fprintf(t, "%s\t%q\t%d\t%s\t%s\t%s\t%s\t%s\n", info.ID, info.Name, info.VCPUs, humanize.IBytes(info.MemoryBytes),
-						humanize.IBytes(info.DiskBytes), humanize.IBytes(info.StoredBytes), humanize.Time(info.Created), info.Source)
-				}
-				return t.Flush()
+				return printTemplates(cmd.OutOrStdout(), all)
 			})
 		},
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "as JSON")
+	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "ids only")
+	cmd.MarkFlagsMutuallyExclusive("json", "quiet")
 	return cmd
 }
 
+func printTemplates(w io.Writer, all []lifecycle.TemplateInfo) error {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(t, "ID\tNAME\tVCPUS\tMEMORY\tDISK\tSTORED\tCREATED\tOF SANDBOX")
+	for _, info := range all {
+		fmt.Fprintf(t, "%s\t%q\t%d\t%s\t%s\t%s\t%s\t%s\n", info.ID, info.Name, info.VCPUs, humanize.IBytes(info.MemoryBytes),
+			humanize.IBytes(info.DiskBytes), humanize.IBytes(info.StoredBytes), fromNow(info.Created), info.Source)
+	}
+	return t.Flush()
+}
+
 func newTemplateRemoveCommand(data *string) *cobra.Command {
-	return &cobra.Command{
+	asJSON := false
+	cmd := &cobra.Command{
 		Use: "rm NAME...", Short: "Delete templates or checkpoints, by id or name; sandboxes made of them stay", Args: cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return withManager(cmd.Context(), *data, func(m *lifecycle.Manager) error {
-				return each(cmd, args, func(name string) error {
+			return withExisting(cmd.Context(), *data, func(m *lifecycle.Manager) error {
+				return each(cmd, args, asJSON, func(name string) error {
 					info, err := m.Template(name)
 					if err != nil {
 						return err
@@ -215,4 +246,6 @@ func newTemplateRemoveCommand(data *string) *cobra.Command {
 			})
 		},
 	}
+	cmd.Flags().BoolVar(&asJSON, "json", false, "as JSON")
+	return cmd
 }

@@ -13,12 +13,7 @@ import (
 	"net/url"
 	"strconv"
 	"time"
-
-	"github.com/cryovisor/cryovisor/lifecycle"
 )
-
-// ErrKey says that the server does not accept the API key.
-var ErrKey = errors.New("the server does not accept the API key")
 
 // maxAnswer bounds what a server may answer, in bytes.
 const maxAnswer = 16 << 20
@@ -27,31 +22,8 @@ const maxAnswer = 16 << 20
 type Client struct {
 	URL string // such as http://127.0.0.1:7480
 	Key string
-	// HTTP makes the requests; nil means http.DefaultClient.
+	// HTTP makes the requests; nil means http.DefaultClient. Redirects are not followed, whatever it says: they would take the key elsewhere.
 	HTTP *http.Client
-}
-
-// Error is an answer that says that something was not done.
-type Error struct {
-	Op         string
-	Code       int    `json:"code"`
-	Message    string `json:"message"`
-	RetryAfter time.Duration
-}
-
-func (e *Error) Error() string { return fmt.Sprintf("%s: %s (%d)", e.Op, e.Message, e.Code) }
-
-// Unwrap says what the error is in this process.
-func (e *Error) Unwrap() error {
-	switch e.Code {
-	case http.StatusNotFound:
-		return lifecycle.ErrNotFound
-	case http.StatusBadRequest:
-		return lifecycle.ErrInvalid
-	case http.StatusUnauthorized:
-		return ErrKey
-	}
-	return nil
 }
 
 // Sandbox is what a server says of a sandbox.
@@ -87,7 +59,7 @@ func (c *Client) Create(ctx context.Context, o CreateOptions) (s Sandbox, err er
 		body["metadata"] = o.Metadata
 	}
 	addTimeout(body, o.Timeout)
-	_, err = c.do(ctx, "create", http.MethodPost, "/v2/sandboxes", body, &s)
+	_, err = c.do(ctx, "create", "", http.MethodPost, "/v2/sandboxes", body, &s)
 	return s, err
 }
 
@@ -101,25 +73,25 @@ func addTimeout(body map[string]any, d time.Duration) {
 func (c *Client) Connect(ctx context.Context, id string, timeout time.Duration) (s Sandbox, resumed bool, err error) {
 	body := map[string]any{}
 	addTimeout(body, timeout)
-	answer, err := c.do(ctx, "connect to "+id, http.MethodPost, "/v2/sandboxes/"+url.PathEscape(id)+"/connect", body, &s)
+	answer, err := c.do(ctx, "connect to", id, http.MethodPost, "/v2/sandboxes/"+url.PathEscape(id)+"/connect", body, &s)
 	return s, err == nil && answer.StatusCode == http.StatusCreated, err
 }
 
-// Pause pauses a sandbox. Who is paused already is an *Error of code 409.
+// Pause pauses a sandbox. Errors: a *lifecycle.StateError for one that is paused.
 func (c *Client) Pause(ctx context.Context, id string) error {
-	_, err := c.do(ctx, "pause "+id, http.MethodPost, "/sandboxes/"+url.PathEscape(id)+"/pause", map[string]any{}, nil)
+	_, err := c.do(ctx, "pause", id, http.MethodPost, "/sandboxes/"+url.PathEscape(id)+"/pause", map[string]any{}, nil)
 	return err
 }
 
 // Kill kills a sandbox.
 func (c *Client) Kill(ctx context.Context, id string) error {
-	_, err := c.do(ctx, "kill "+id, http.MethodDelete, "/sandboxes/"+url.PathEscape(id), nil, nil)
+	_, err := c.do(ctx, "kill", id, http.MethodDelete, "/sandboxes/"+url.PathEscape(id), nil, nil)
 	return err
 }
 
 // Get describes a sandbox.
 func (c *Client) Get(ctx context.Context, id string) (s Sandbox, err error) {
-	_, err = c.do(ctx, "find "+id, http.MethodGet, "/sandboxes/"+url.PathEscape(id), nil, &s)
+	_, err = c.do(ctx, "find", id, http.MethodGet, "/sandboxes/"+url.PathEscape(id), nil, &s)
 	return s, err
 }
 
@@ -150,17 +122,17 @@ func (c *Client) List(ctx context.Context, o ListOptions) (page []Sandbox, next 
 	if o.Token != "" {
 		query.Set("nextToken", o.Token)
 	}
-	answer, err := c.do(ctx, "list", http.MethodGet, "/v2/sandboxes?"+query.Encode(), nil, &page)
+	answer, err := c.do(ctx, "list", "", http.MethodGet, "/v2/sandboxes?"+query.Encode(), nil, &page)
 	if err != nil {
 		return nil, "", err
 	}
 	return page, answer.Header.Get("X-Next-Token"), nil
 }
 
-// SetTimeout sets the timeout of a sandbox that runs, from now.
+// SetTimeout sets the timeout of a sandbox that runs, from now; d is of whole seconds. The contract has one that is paused be lifecycle.ErrNotFound.
 func (c *Client) SetTimeout(ctx context.Context, id string, d time.Duration) error {
 	body := map[string]any{"timeout": int64(d / time.Second)}
-	_, err := c.do(ctx, "set the timeout of "+id, http.MethodPost, "/sandboxes/"+url.PathEscape(id)+"/timeout", body, nil)
+	_, err := c.do(ctx, "set the timeout of", id, http.MethodPost, "/sandboxes/"+url.PathEscape(id)+"/timeout", body, nil)
 	return err
 }
 
@@ -172,7 +144,7 @@ func (c *Client) Fork(ctx context.Context, id string, n int, timeout time.Durati
 		Sandbox *Sandbox
 		Error   *Error
 	}
-	if _, err := c.do(ctx, "fork "+id, http.MethodPost, "/sandboxes/"+url.PathEscape(id)+"/fork", body, &results); err != nil {
+	if _, err := c.do(ctx, "fork", id, http.MethodPost, "/sandboxes/"+url.PathEscape(id)+"/fork", body, &results); err != nil {
 		return nil, err
 	}
 	for _, r := range results {
@@ -180,11 +152,22 @@ func (c *Client) Fork(ctx context.Context, id string, n int, timeout time.Durati
 		case r.Sandbox != nil:
 			forks = append(forks, *r.Sandbox)
 		case r.Error != nil:
-			r.Error.Op = "fork " + id
+			r.Error.Op, r.Error.ID = "fork", id
 			err = errors.Join(err, r.Error)
 		}
 	}
 	return forks, err
+}
+
+// Snapshot keeps a sandbox as it is, under a name or none, for Create; it goes on. The id is the template's. Errors: lifecycle.ErrExists.
+func (c *Client) Snapshot(ctx context.Context, id, name string) (template string, err error) {
+	body := map[string]any{}
+	if name != "" {
+		body["name"] = name
+	}
+	var made struct{ SnapshotID string }
+	_, err = c.do(ctx, "snapshot", id, http.MethodPost, "/sandboxes/"+url.PathEscape(id)+"/snapshots", body, &made)
+	return made.SnapshotID, err
 }
 
 // Log is a line that a guest wrote to its console.
@@ -197,7 +180,7 @@ type Log struct {
 func (c *Client) Logs(ctx context.Context, id string, cursor int64) (lines []Log, next int64, err error) {
 	var body struct{ Logs []Log }
 	path := "/v2/sandboxes/" + url.PathEscape(id) + "/logs?cursor=" + strconv.FormatInt(cursor, 10)
-	if _, err := c.do(ctx, "read the logs of "+id, http.MethodGet, path, nil, &body); err != nil {
+	if _, err := c.do(ctx, "read the logs of", id, http.MethodGet, path, nil, &body); err != nil {
 		return nil, cursor, err
 	}
 	for _, l := range body.Logs {
@@ -218,63 +201,61 @@ type Usage struct {
 // Usage returns nil for a sandbox that is paused.
 func (c *Client) Usage(ctx context.Context, id string) (*Usage, error) {
 	var samples []Usage
-	_, err := c.do(ctx, "measure "+id, http.MethodGet, "/sandboxes/"+url.PathEscape(id)+"/metrics", nil, &samples)
+	_, err := c.do(ctx, "measure", id, http.MethodGet, "/sandboxes/"+url.PathEscape(id)+"/metrics", nil, &samples)
 	if err != nil || len(samples) == 0 {
 		return nil, err
 	}
 	return &samples[len(samples)-1], nil
 }
 
-// do makes a request, and decodes a good answer.
-func (c *Client) do(ctx context.Context, op, method, path string, body, into any) (*http.Response, error) {
+// do makes a request, and decodes a good answer. id, which may be empty, is for errors.
+func (c *Client) do(ctx context.Context, op, id, method, path string, body, into any) (*http.Response, error) {
+	fail := func(err error) error { return fmt.Errorf("%s: %w", named(op, id), err) }
 	var content io.Reader
 	if body != nil {
 		b, err := json.Marshal(body)
 		if err != nil {
-			return nil, err
+			return nil, fail(err)
 		}
 		content = bytes.NewReader(b)
 	}
 	request, err := http.NewRequestWithContext(ctx, method, c.URL+path, content)
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", op, err)
+		return nil, fail(err)
 	}
 	request.Header.Set("X-API-KEY", c.Key)
 	if body != nil {
 		request.Header.Set("Content-Type", "application/json")
 	}
-	by := c.HTTP
-	if by == nil {
-		by = http.DefaultClient
-	}
-	answer, err := by.Do(request)
+	answer, err := c.http().Do(request)
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", op, err)
+		return nil, fail(err)
 	}
 	defer answer.Body.Close()
-	text, err := io.ReadAll(io.LimitReader(answer.Body, maxAnswer))
+	text, err := io.ReadAll(io.LimitReader(answer.Body, maxAnswer+1))
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", op, err)
+		return nil, fail(err)
+	}
+	if len(text) > maxAnswer {
+		return nil, fail(errors.New("the server's answer is too large"))
 	}
 	if answer.StatusCode >= 300 {
-		return nil, failure(op, answer, text)
+		return nil, failure(op, id, answer, text)
 	}
 	if into != nil {
 		if err := json.Unmarshal(text, into); err != nil {
-			return nil, fmt.Errorf("%s: the server's answer is not as expected: %w", op, err)
+			return nil, fail(fmt.Errorf("the server's answer is not as expected: %w", err))
 		}
 	}
 	return answer, nil
 }
 
-func failure(op string, answer *http.Response, text []byte) error {
-	e := &Error{}
-	if json.Unmarshal(text, e) != nil || e.Code == 0 {
-		e.Code, e.Message = answer.StatusCode, "the server answers "+answer.Status
+// http is the client's, but for redirects: net/http would take the header with the key along, to any host.
+func (c *Client) http() *http.Client {
+	by := http.Client{}
+	if c.HTTP != nil {
+		by = *c.HTTP
 	}
-	e.Op = op
-	if n, err := strconv.Atoi(answer.Header.Get("Retry-After")); err == nil {
-		e.RetryAfter = time.Duration(n) * time.Second
-	}
-	return e
+	by.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
+	return &by
 }
