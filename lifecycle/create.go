@@ -31,6 +31,7 @@ func (m *Manager) Create(ctx context.Context, opts CreateOptions) (*Sandbox, err
 	if err != nil {
 		return nil, fmt.Errorf("create a sandbox of template %s: %w", t.id, err)
 	}
+	defer m.doneWith(t)
 	e, err := m.create(ctx, from, catalog.Sandbox{
 		Template: t.id, Owner: opts.Owner, Timeout: opts.Timeout, IdleTimeout: opts.IdleTimeout, OnTimeout: string(opts.OnTimeout),
 		AutoResume: opts.AutoResume, Metadata: clone(opts.Metadata),

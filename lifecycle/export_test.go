@@ -80,3 +80,13 @@ func ParseGreeting(b []byte) ([]byte, error) {
 	g, err := parseGreeting(b)
 	return g.marshal(), err
 }
+
+// OpenTemplates is how many templates of a Manager are open.
+func OpenTemplates(m *Manager) (n int) {
+	for _, t := range m.templates {
+		if t.opened != nil {
+			n++
+		}
+	}
+	return n
+}

@@ -162,3 +162,30 @@ func TestTemplateErrors(t *testing.T) {
 		t.Errorf("left: %v", left)
 	}
 }
+
+// TestManyTemplates has more templates in use than stay open: all of them go on working, and no files are left open for those that were closed.
+func TestManyTemplates(t *testing.T) {
+	m := newManager(t, lifecycle.ManagerOptions{ImageLimit: 4 << 20})
+	s := m.create(t, lifecycle.CreateOptions{})
+	var ids []string
+	for i := range 20 {
+		m.mark(t, s, uint64(100+i))
+		info, err := s.Checkpoint(t.Context(), "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		ids = append(ids, info.ID)
+	}
+	for range 2 {
+		for i, id := range ids {
+			clone := m.create(t, lifecycle.CreateOptions{Template: id})
+			m.wantMark(t, clone, uint64(100+i))
+			if err := clone.Kill(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if open := lifecycle.OpenTemplates(m.Manager); open > 17 {
+		t.Errorf("%d templates are open", open)
+	}
+}

@@ -39,6 +39,8 @@ type ManagerOptions struct {
 	Connect func(ctx context.Context, start Start) (Connection, error)
 	// Prefetch is what resumes of paused sandboxes fetch ahead.
 	Prefetch Prefetch
+	// ImageLimit, if not 0, is how much memory each template's image takes at most, in bytes, apart from what sandboxes write; see Template.LimitImage.
+	ImageLimit uint64
 	// PrepareAhead is how long before a pause by timeout its preparation begins; 0 means some seconds, by the sandbox's memory; less than 0 means
 	// that such pauses are not prepared.
 	PrepareAhead time.Duration

@@ -76,7 +76,11 @@ func envInt(name string, absent int) int {
 func TestModel(t *testing.T) {
 	needKVM(t)
 	seed := envInt("CRYOVISOR_MODEL_SEED", int(time.Now().UnixNano()%1e9))
-	total := envInt("CRYOVISOR_MODEL_OPS", modelOps)
+	total := modelOps
+	if testing.Short() {
+		total /= 3
+	}
+	total = envInt("CRYOVISOR_MODEL_OPS", total)
 	t.Logf("seed %d, %d operations", seed, total)
 	m := &model{
 		t: t, dir: t.TempDir(), rnd: rand.New(rand.NewPCG(uint64(seed), 0)), now: newFakeClock().now, next: 1, kept: make(map[string][]uint64),
@@ -508,7 +512,13 @@ func (m *model) settle(b *box, s lifecycle.SandboxInfo, there bool) {
 		*b = box{}
 		return
 	}
-	b.running, b.stored, b.pending, b.paused = false, stored, "", s.Expires.Add(-lifecycle.DefaultRetention)
+	// One that ran is as if it had been paused now: it was not forgotten until then.
+	since := s.Expires.Add(-lifecycle.DefaultRetention)
+	resuming := b.pending == "connect" || b.pending == "resume"
+	if wasPaused := !b.running && since.Equal(b.paused); !wasPaused && (!since.Equal(m.now) || !b.running && !resuming) {
+		m.t.Errorf("%+v, at %v, is kept until %v", *b, m.now, s.Expires)
+	}
+	b.running, b.stored, b.pending, b.paused = false, stored, "", since
 }
 
 // reconcileKept does the same with checkpoints.

@@ -45,13 +45,18 @@ type TemplateConfig struct {
 	Ready func(ctx context.Context, m *Machine) error
 }
 
-// template is a template as a Manager has it. Once made it is opened, and stays so: its sandboxes share its memory.
+// maxOpen is how many templates stay open when nothing is being made of them. Each holds what has been fetched of its memory, and a few files.
+const maxOpen = 16
+
+// template is a template as a Manager has it. It is opened when the first sandbox is made of it, and stays so for a while: its sandboxes share its memory.
 type template struct {
 	id string
 
 	mu      sync.Mutex
 	row     catalog.Template
 	opened  *Template
+	making  int // sandboxes that are being made of it
+	used    time.Time
 	deleted bool
 }
 
@@ -120,7 +125,7 @@ func (m *Manager) templateOf(e *entry) TemplateInfo {
 	return TemplateInfo{ID: e.row.Template}
 }
 
-// fromTemplate is a template as what a machine is made of.
+// fromTemplate is a template as what a machine is made of. Without an error, doneWith must be called.
 func (m *Manager) fromTemplate(ctx context.Context, t *template) (origin, error) {
 	opened, err := m.openTemplate(ctx, t)
 	if err != nil {
@@ -149,6 +154,7 @@ func (m *Manager) openTemplate(ctx context.Context, t *template) (*Template, err
 		if t.deleted {
 			return nil, fmt.Errorf("template %q: %w", t.id, ErrNotFound)
 		}
+		t.making++
 		return t.opened, nil
 	}
 	identity, err := m.identity(ctx, t.id)
@@ -159,8 +165,48 @@ func (m *Manager) openTemplate(ctx context.Context, t *template) (*Template, err
 	if err != nil {
 		return nil, err
 	}
-	t.opened, err = Open(ctx, m.store, id, identity)
-	return t.opened, err
+	if t.opened, err = Open(ctx, m.store, id, identity); err != nil {
+		return nil, err
+	}
+	t.making++
+	if m.opts.ImageLimit > 0 {
+		t.opened.LimitImage(m.opts.ImageLimit)
+	}
+	return t.opened, nil
+}
+
+// doneWith notes that a sandbox of a template is made, or could not be, and closes templates of which nothing was made for longest.
+func (m *Manager) doneWith(t *template) {
+	t.mu.Lock()
+	t.making--
+	t.used = time.Now()
+	t.mu.Unlock()
+	m.mu.Lock()
+	var idle []*template
+	for _, t := range m.templates {
+		t.mu.Lock()
+		if t.opened != nil && t.making == 0 {
+			idle = append(idle, t)
+		}
+		t.mu.Unlock()
+	}
+	m.mu.Unlock()
+	if len(idle) <= maxOpen {
+		return
+	}
+	oldest := slices.MinFunc(idle, func(a, b *template) int { return a.lastUsed().Compare(b.lastUsed()) })
+	oldest.mu.Lock()
+	defer oldest.mu.Unlock()
+	if oldest.opened != nil && oldest.making == 0 {
+		_ = oldest.opened.Close() // it was read from only
+		oldest.opened = nil
+	}
+}
+
+func (t *template) lastUsed() time.Time {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.used
 }
 
 // learn records what a template's first sandbox has touched, for the next ones.

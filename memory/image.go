@@ -208,8 +208,9 @@ func (img *Image) install(gpa uint64, pages []byte, count *atomic.Uint64) error 
 		if _, err := img.file.WriteAt(pages[lo*PageSize-gpa:hi*PageSize-gpa], int64(lo*PageSize)); err != nil {
 			return fmt.Errorf("memory: write %d pages to the image: %w", hi-lo, err)
 		}
-		img.pages.Add(int64(img.present.set(lo, hi)))
-		count.Add(hi - lo)
+		fresh := img.present.set(lo, hi) // a demand may install what a batch does at the same time
+		img.pages.Add(int64(fresh))
+		count.Add(uint64(fresh))
 		lo = hi
 	}
 	return nil
