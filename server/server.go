@@ -54,6 +54,9 @@ func New(cfg Config) (*Server, error) {
 	if cfg.Manager == nil || cfg.Keys == nil {
 		return nil, errors.New("server: needs a Manager and Keys")
 	}
+	if cfg.Rate < 0 || cfg.Burst < 0 || cfg.InFlight < 0 {
+		return nil, fmt.Errorf("server: bounds can't be negative: Rate %v, Burst %d, InFlight %d", cfg.Rate, cfg.Burst, cfg.InFlight)
+	}
 	if cfg.Rate == 0 {
 		cfg.Rate = DefaultRate
 	}
