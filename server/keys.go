@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math"
 	"net/http"
 	"net/url"
 	"os"
@@ -154,6 +155,9 @@ type limiters struct {
 	of    sync.Map // from string to *rate.Limiter
 }
 
+// maxRetryAfter bounds what a caller is told to wait, in seconds.
+const maxRetryAfter = 3600
+
 func (l *limiters) admit(id string) error {
 	known, ok := l.of.Load(id)
 	if !ok {
@@ -161,7 +165,7 @@ func (l *limiters) admit(id string) error {
 	}
 	limiter, _ := known.(*rate.Limiter)
 	if !limiter.Allow() {
-		return &tooMany{"too many requests with this API key", max(1, int(1/float64(l.rate)))}
+		return &tooMany{"too many requests with this API key", int(min(math.Ceil(1/float64(l.rate)), maxRetryAfter))}
 	}
 	return nil
 }

@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -20,10 +21,13 @@ import (
 // installed returns a directory whose node_modules has the clients that testdata/npm/package-lock.json names. It is a cache of the user's.
 func installed(t *testing.T) string {
 	t.Helper()
-	for _, tool := range []string{"node", "npm"} {
-		if _, err := exec.LookPath(tool); err != nil {
-			t.Skipf("%v: install Node.js 20 or later", err)
-		}
+	if _, err := exec.LookPath("npm"); err != nil {
+		t.Skipf("%v: install Node.js 20.19 or later", err)
+	}
+	// The clients load an ES module by require.
+	version, err := exec.CommandContext(t.Context(), "node", "--version").Output()
+	if err != nil || !newEnough(string(version)) {
+		t.Skipf("node --version says %q (error: %v): install Node.js 20.19 or later", version, err)
 	}
 	cache, err := os.UserCacheDir()
 	if err != nil {
@@ -53,6 +57,12 @@ func installed(t *testing.T) string {
 		t.Fatal(err)
 	}
 	return dir
+}
+
+func newEnough(version string) bool {
+	var major, minor int
+	_, err := fmt.Sscanf(version, "v%d.%d", &major, &minor)
+	return err == nil && (major > 20 || major == 20 && minor >= 19)
 }
 
 // script runs a script with the clients, and returns what it prints.

@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"io"
 	"net/http"
 	"strconv"
 	"strings"
@@ -29,22 +30,11 @@ func (s *Server) sandbox(r *request) (lifecycle.SandboxInfo, error) {
 
 func (s *Server) create(timeout time.Duration) func(http.ResponseWriter, *request) error {
 	return func(w http.ResponseWriter, r *request) error {
-		body := createBody{TemplateID: "base"}
-		if err := readBody(r, &body); err != nil {
-			return err
-		}
-		if body.AutoPauseMemory != nil && !*body.AutoPauseMemory {
-			return badRequest("pauses without memory are not supported")
-		}
-		d, err := seconds(body.Timeout, timeout)
+		opts, err := createOptions(r.Body, timeout)
 		if err != nil {
 			return err
 		}
-		opts := lifecycle.CreateOptions{Template: body.TemplateID, Owner: r.owner, Metadata: body.Metadata, Timeout: max(d, time.Nanosecond)}
-		if body.AutoPause {
-			opts.OnTimeout = lifecycle.ActionPause
-		}
-		opts.AutoResume = body.AutoResume != nil && body.AutoResume.Enabled
+		opts.Owner = r.owner
 		ctx, cancel := detached(r)
 		defer cancel()
 		sandbox, err := s.cfg.Manager.Create(ctx, opts)
@@ -58,6 +48,27 @@ func (s *Server) create(timeout time.Duration) func(http.ResponseWriter, *reques
 		writeJSON(w, http.StatusCreated, s.sandboxBody(info))
 		return nil
 	}
+}
+
+// createOptions reads the body of a create; timeout is that of one that says nothing.
+func createOptions(r io.Reader, timeout time.Duration) (lifecycle.CreateOptions, error) {
+	body := createBody{TemplateID: BaseTemplate}
+	if err := readBody(r, &body); err != nil {
+		return lifecycle.CreateOptions{}, err
+	}
+	if body.AutoPauseMemory != nil && !*body.AutoPauseMemory {
+		return lifecycle.CreateOptions{}, badRequest("pauses without memory are not supported")
+	}
+	d, err := seconds(body.Timeout, timeout)
+	if err != nil {
+		return lifecycle.CreateOptions{}, err
+	}
+	opts := lifecycle.CreateOptions{Template: body.TemplateID, Metadata: body.Metadata, Timeout: max(d, time.Nanosecond)}
+	if body.AutoPause {
+		opts.OnTimeout = lifecycle.ActionPause
+	}
+	opts.AutoResume = body.AutoResume != nil && body.AutoResume.Enabled
+	return opts, nil
 }
 
 func (s *Server) get(w http.ResponseWriter, r *request) error {
@@ -154,7 +165,7 @@ type memoryBody struct {
 
 // read reads the body; memory is what makes a pause what it is here.
 func (b *memoryBody) read(r *request) error {
-	if err := readBody(r, b); err != nil {
+	if err := readBody(r.Body, b); err != nil {
 		return err
 	}
 	if b.Memory != nil && !*b.Memory {
@@ -234,7 +245,7 @@ func (s *Server) setTimeout(w http.ResponseWriter, r *request) error {
 	var body struct {
 		Timeout *int64 `json:"timeout"`
 	}
-	if err := readBody(r, &body); err != nil {
+	if err := readBody(r.Body, &body); err != nil {
 		return err
 	}
 	if body.Timeout == nil {
@@ -260,7 +271,7 @@ func (s *Server) refresh(w http.ResponseWriter, r *request) error {
 	var body struct {
 		Duration *int64 `json:"duration"`
 	}
-	if err := readBody(r, &body); err != nil {
+	if err := readBody(r.Body, &body); err != nil {
 		return err
 	}
 	d, err := seconds(body.Duration, 0)

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"runtime/debug"
 	"sync/atomic"
 	"time"
 
@@ -52,6 +53,9 @@ type Server struct {
 func New(cfg Config) (*Server, error) {
 	if cfg.Manager == nil || cfg.Keys == nil {
 		return nil, errors.New("server: needs a Manager and Keys")
+	}
+	if cfg.Rate < 0 || cfg.Burst < 0 || cfg.InFlight < 0 {
+		return nil, fmt.Errorf("server: bounds can't be negative: Rate %v, Burst %d, InFlight %d", cfg.Rate, cfg.Burst, cfg.InFlight)
 	}
 	if cfg.Rate == 0 {
 		cfg.Rate = DefaultRate
@@ -129,7 +133,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	seen := &recorder{ResponseWriter: w}
 	defer func() {
 		if cause := recover(); cause != nil { // a bug, which must not end the sandboxes that run in this process
-			s.cfg.Logger.Error("panic", "request", id, "cause", fmt.Sprint(cause))
+			s.cfg.Logger.Error("panic", "request", id, "cause", fmt.Sprint(cause), "stack", string(debug.Stack()))
 			if seen.status == 0 {
 				writeError(seen, errInternal)
 			}
@@ -168,10 +172,11 @@ func (s *Server) handler(rt route) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		seen, _ := w.(*recorder)
 		seen.route = rt.pattern
-		req := &request{Request: r}
+		req := &request{Request: r, route: rt.pattern}
 		if !rt.open {
 			key, err := s.authenticate(r)
 			if err != nil {
+				s.logFailure(w, req, err)
 				writeError(w, err)
 				return
 			}
@@ -179,18 +184,24 @@ func (s *Server) handler(rt route) http.Handler {
 		}
 		r.Body = http.MaxBytesReader(w, r.Body, maxBody)
 		if err := rt.do(w, req); err != nil {
-			if status := statusOf(err); status >= http.StatusInternalServerError {
-				s.cfg.Logger.Error("failed", "request", w.Header().Get("X-Request-Id"), "route", rt.pattern, "error", err)
-			}
+			s.logFailure(w, req, err)
 			writeError(w, err)
 		}
 	})
+}
+
+// logFailure logs an error that is the server's, of which its caller is not told more than that.
+func (s *Server) logFailure(w http.ResponseWriter, r *request, err error) {
+	if statusOf(err) >= http.StatusInternalServerError {
+		s.cfg.Logger.Error("failed", "request", w.Header().Get("X-Request-Id"), "route", r.route, "error", err)
+	}
 }
 
 // request is one of an API key, whose id is the owner of its sandboxes.
 type request struct {
 	*http.Request
 	owner string
+	route string
 }
 
 // recorder notes what is answered.

@@ -40,6 +40,7 @@ func init() { // kinds of answers that are text to the test
 type fixture struct {
 	t          *testing.T
 	url        string
+	server     *server.Server
 	manager    *lifecycle.Manager
 	keys       *server.Keys
 	clock      *clock
@@ -136,10 +137,10 @@ func newFixture(t *testing.T, change func(*server.Config)) *fixture {
 	if change != nil {
 		change(&cfg)
 	}
-	s, err := server.New(cfg)
+	f.server, err = server.New(cfg)
 	f.must(err)
-	t.Cleanup(s.Close)
-	listening := httptest.NewServer(s)
+	t.Cleanup(f.server.Close)
+	listening := httptest.NewServer(f.server)
 	t.Cleanup(listening.Close)
 	f.url = listening.URL
 	f.router = f.describe()

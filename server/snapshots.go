@@ -2,7 +2,10 @@ package server
 
 import (
 	"errors"
+	"math"
 	"net/http"
+	"strconv"
+	"strings"
 
 	"github.com/cryovisor/cryovisor/lifecycle"
 )
@@ -36,7 +39,7 @@ func (s *Server) snapshot(w http.ResponseWriter, r *request) error {
 	var body struct {
 		Name string `json:"name"`
 	}
-	if err := readBody(r, &body); err != nil {
+	if err := readBody(r.Body, &body); err != nil {
 		return err
 	}
 	ctx, cancel := detached(r)
@@ -49,34 +52,55 @@ func (s *Server) snapshot(w http.ResponseWriter, r *request) error {
 	return nil
 }
 
-// snapshots lists checkpoints, the newest first. Its token is the id of the last one of the page before.
+// place is where a snapshot is in a list, the newest first, also after it was deleted.
+type place struct {
+	created int64 // ns since 1970
+	id      string
+}
+
+func placeOf(t lifecycle.TemplateInfo) place { return place{t.Created.UnixNano(), t.ID} }
+
+// after says whether p comes behind q in a list.
+func (p place) after(q place) bool {
+	return p.created < q.created || p.created == q.created && p.id < q.id
+}
+
+func (p place) token() string { return strconv.FormatInt(p.created, 10) + "-" + p.id }
+
+// parsePlace is token's inverse.
+func parsePlace(token string) (p place, err error) {
+	created, id, ok := strings.Cut(token, "-")
+	if p.created, err = strconv.ParseInt(created, 10, 64); !ok || err != nil || p.created < 0 {
+		return place{}, badRequest("not a page token")
+	}
+	p.id = id
+	return p, nil
+}
+
+// snapshots lists checkpoints, the newest first.
 func (s *Server) snapshots(w http.ResponseWriter, r *request) error {
 	query := r.URL.Query()
 	limit, err := limitOf(query.Get("limit"))
 	if err != nil {
 		return err
 	}
-	bodies := []snapshotBody{}
-	after := query.Get("nextToken")
+	before := place{created: math.MaxInt64}
+	if token := query.Get("nextToken"); token != "" {
+		if before, err = parsePlace(token); err != nil {
+			return err
+		}
+	}
+	bodies, last := []snapshotBody{}, place{}
 	for _, t := range s.cfg.Manager.Templates() {
-		if t.Owner != r.owner || t.Source == "" || query.Has("sandboxID") && t.Source != query.Get("sandboxID") ||
+		if !placeOf(t).after(before) || t.Owner != r.owner || t.Source == "" || query.Has("sandboxID") && t.Source != query.Get("sandboxID") ||
 			query.Has("name") && t.Name != query.Get("name") {
 			continue
 		}
-		if after != "" {
-			if t.ID == after {
-				after = ""
-			}
-			continue
-		}
 		if len(bodies) == limit {
-			w.Header().Set("X-Next-Token", bodies[limit-1].SnapshotID)
+			w.Header().Set("X-Next-Token", last.token())
 			break
 		}
-		bodies = append(bodies, newSnapshotBody(t))
-	}
-	if after != "" {
-		return badRequest("not a page token, or its snapshot was deleted")
+		bodies, last = append(bodies, newSnapshotBody(t)), placeOf(t)
 	}
 	writeJSON(w, http.StatusOK, bodies)
 	return nil
@@ -140,7 +164,7 @@ func (s *Server) fork(w http.ResponseWriter, r *request) error {
 		Timeout *int64 `json:"timeout"`
 		Count   int    `json:"count"`
 	}{Count: 1}
-	if err := readBody(r, &body); err != nil {
+	if err := readBody(r.Body, &body); err != nil {
 		return err
 	}
 	d, err := seconds(body.Timeout, 0)
@@ -155,18 +179,19 @@ func (s *Server) fork(w http.ResponseWriter, r *request) error {
 	}
 	bodies := make([]forkResult, len(results))
 	for i, result := range results {
-		bodies[i] = s.forkResult(result)
+		bodies[i] = s.forkResult(w, r, result)
 	}
 	writeJSON(w, http.StatusCreated, bodies)
 	return nil
 }
 
-func (s *Server) forkResult(result lifecycle.ForkResult) forkResult {
-	if result.Err != nil {
-		return forkResult{Error: answerOf(result.Err)}
+func (s *Server) forkResult(w http.ResponseWriter, r *request, result lifecycle.ForkResult) forkResult {
+	info, err := lifecycle.SandboxInfo{}, result.Err
+	if err == nil {
+		info, err = result.Sandbox.Info()
 	}
-	info, err := result.Sandbox.Info()
 	if err != nil {
+		s.logFailure(w, r, err)
 		return forkResult{Error: answerOf(err)}
 	}
 	body := s.sandboxBody(info)

@@ -88,8 +88,8 @@ func (s *Server) listedBody(info lifecycle.SandboxInfo) listedBody {
 }
 
 // readBody decodes a body of JSON, which may be empty.
-func readBody(r *request, into any) error {
-	b, err := io.ReadAll(r.Body)
+func readBody(r io.Reader, into any) error {
+	b, err := io.ReadAll(r)
 	if err != nil {
 		if tooLarge := (*http.MaxBytesError)(nil); errors.As(err, &tooLarge) {
 			return err

@@ -50,8 +50,8 @@ func succeed(t *testing.T, args ...string) string {
 	return out
 }
 
-// serveIn runs 'serve' on a directory, until end is called or the test is over, and has the verbs talk to it.
-func serveIn(t *testing.T, dir string) (out string, end func()) {
+// serveIn runs 'serve' on a directory, with more flags, until end is called or the test is over, and has the verbs talk to it.
+func serveIn(t *testing.T, dir string, flags ...string) (out string, end func()) {
 	t.Helper()
 	if _, err := vmm.Probe(); errors.Is(err, vmm.ErrNoKVM) || errors.Is(err, vmm.ErrPermission) {
 		t.Skip(err)
@@ -59,7 +59,7 @@ func serveIn(t *testing.T, dir string) (out string, end func()) {
 	ctx, cancel := context.WithCancel(context.Background())
 	r, w := io.Pipe()
 	cmd := newRootCommand()
-	cmd.SetArgs([]string{"serve", "--data", dir, "--listen", "127.0.0.1:0"})
+	cmd.SetArgs(append([]string{"serve", "--data", dir, "--listen", "127.0.0.1:0"}, flags...))
 	cmd.SetOut(w)
 	cmd.SetErr(io.Discard)
 	ended := make(chan error, 1)
@@ -75,7 +75,7 @@ func serveIn(t *testing.T, dir string) (out string, end func()) {
 	})
 	t.Cleanup(end)
 	var said strings.Builder
-	address := regexp.MustCompile(`on (http://\S+)`)
+	address := regexp.MustCompile(`on (https?://\S+)`)
 	for buffer := make([]byte, 1024); ; {
 		n, err := r.Read(buffer)
 		said.Write(buffer[:n])
@@ -327,7 +327,7 @@ func TestShow(t *testing.T) {
 }
 
 func TestServeRefuses(t *testing.T) {
-	for _, args := range [][]string{{"--listen", "0.0.0.0:0"}, {"--listen", ":0"}, {"--tls-cert", "x"}, {"--listen", "x"}} {
+	for _, args := range [][]string{{"--listen", "0.0.0.0:0"}, {"--listen", ":0"}, {"--tls-cert", "x"}, {"--listen", "x"}, {"--on-close", "leave"}, {"--rate", "-1"}} {
 		if _, err := command(t, append([]string{"serve", "--data", t.TempDir()}, args...)...); err == nil {
 			t.Errorf("%v was accepted", args)
 		}

@@ -32,6 +32,7 @@ type serveFlags struct {
 	onClose               string
 	closeWithin           time.Duration
 	rate                  float64
+	burst, inFlight       int
 	manager               lifecycle.ManagerOptions
 }
 
@@ -49,7 +50,8 @@ works on every host with KVM. So a stock client works at once:
   export E2B_API_URL=http://` + defaultListen + ` E2B_API_KEY=$(cat DIR/api-key)
 
 Templates with Linux are made by 'cryovisor template create' while no server has
-the directory. The server ends on SIGTERM or SIGINT, and pauses what runs.`,
+the directory. The server ends on SIGTERM or SIGINT, and pauses what runs; a second
+signal ends it at once, and sandboxes are then what they were at their last pause.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return serve(cmd, f) },
 	}
@@ -63,6 +65,8 @@ the directory. The server ends on SIGTERM or SIGINT, and pauses what runs.`,
 	flags.StringVar(&f.onClose, "on-close", string(lifecycle.ActionPause), "what happens to running sandboxes at the end: pause or kill")
 	flags.DurationVar(&f.closeWithin, "close-within", 5*time.Minute, "how long that may take; what is not paused by then is as at its last pause")
 	flags.Float64Var(&f.rate, "rate", server.DefaultRate, "requests a second for each API key")
+	flags.IntVar(&f.burst, "burst", server.DefaultBurst, "how many of them may come at once")
+	flags.IntVar(&f.inFlight, "max-requests", server.DefaultInFlight, "requests under way at once, of all keys")
 	flags.DurationVar(&f.manager.Retention, "retention", lifecycle.DefaultRetention, "how long paused sandboxes are kept")
 	flags.IntVar(&f.manager.Limits.Running, "max-running", 0, "how many sandboxes may run; 0: any number")
 	flags.IntVar(&f.manager.Limits.Paused, "max-paused", 0, "how many may be paused; 0: any number")
@@ -74,6 +78,7 @@ the directory. The server ends on SIGTERM or SIGINT, and pauses what runs.`,
 func serve(cmd *cobra.Command, f serveFlags) (err error) {
 	ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGTERM)
 	defer stop()
+	context.AfterFunc(ctx, func() { signal.Reset(os.Interrupt, syscall.SIGTERM) })
 	listener, err := listen(f)
 	if err != nil {
 		return err
@@ -102,7 +107,7 @@ func serve(cmd *cobra.Command, f serveFlags) (err error) {
 	if err := ensureAPIKey(cmd, f, keys); err != nil {
 		return err
 	}
-	handler, err := server.New(server.Config{Manager: manager, Keys: keys, Logger: log, Rate: rate.Limit(f.rate)})
+	handler, err := server.New(server.Config{Manager: manager, Keys: keys, Logger: log, Rate: rate.Limit(f.rate), Burst: f.burst, InFlight: f.inFlight})
 	if err != nil {
 		return err
 	}
@@ -142,12 +147,13 @@ func ensureAPIKey(cmd *cobra.Command, f serveFlags, keys *server.Keys) error {
 	if err != nil {
 		return err
 	}
-	_, secret, err := keys.Create(cmd.Context(), "first")
-	if err == nil {
-		_, err = fmt.Fprintln(file, secret)
+	key, secret, err := keys.Create(cmd.Context(), "first")
+	if err != nil {
+		return errors.Join(err, file.Close(), os.Remove(path))
 	}
-	if err = errors.Join(err, file.Close()); err != nil {
-		return err
+	_, err = fmt.Fprintln(file, secret)
+	if err = errors.Join(err, file.Close()); err != nil { // a key that nobody knows would be the last that is made by itself
+		return errors.Join(err, os.Remove(path), keys.Revoke(cmd.Context(), key.ID))
 	}
 	fmt.Fprintf(cmd.OutOrStdout(), "API key %s, written to %s\n", secret, path)
 	return nil

@@ -1,0 +1,122 @@
+//go:build linux && amd64
+
+package main
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
+	"math/big"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cryovisor/cryovisor/server"
+)
+
+// TestServeTLS speaks HTTPS, at an address that would be refused without.
+func TestServeTLS(t *testing.T) {
+	cert, key, pool := certificate(t)
+	serveIn(t, t.TempDir(), "--listen", "0.0.0.0:0", "--tls-cert", cert, "--tls-key", key)
+	address := os.Getenv("CRYOVISOR_URL")
+	_, port, err := net.SplitHostPort(strings.TrimPrefix(address, "https://"))
+	if err != nil {
+		t.Fatalf("%q: %v", address, err)
+	}
+	c := http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool}, DisableKeepAlives: true}}
+	answer, err := c.Get("https://127.0.0.1:" + port + "/healthz")
+	if err != nil {
+		t.Fatal(err)
+	}
+	answer.Body.Close()
+	if answer.StatusCode != http.StatusOK {
+		t.Errorf("answered with %s", answer.Status)
+	}
+}
+
+// certificate writes one for the loopback address.
+func certificate(t *testing.T) (cert, key string, pool *x509.CertPool) {
+	t.Helper()
+	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	form := x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}
+	der, err := x509.CreateCertificate(rand.Reader, &form, &form, private.Public(), private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	secret, err := x509.MarshalPKCS8PrivateKey(private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	cert, key, pool = filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem"), x509.NewCertPool()
+	for path, block := range map[string]*pem.Block{cert: {Type: "CERTIFICATE", Bytes: der}, key: {Type: "PRIVATE KEY", Bytes: secret}} {
+		if err := os.WriteFile(path, pem.EncodeToMemory(block), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	parsed, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pool.AddCert(parsed)
+	return cert, key, pool
+}
+
+// TestServeKills ends a server that is to kill what runs: paused sandboxes are there again, others are not.
+func TestServeKills(t *testing.T) {
+	dir := t.TempDir()
+	keyFile := filepath.Join(t.TempDir(), "key")
+	_, end := serveIn(t, dir, "--on-close", "kill", "--api-key-file", keyFile)
+	flags := []string{"--api-key-file", keyFile}
+	paused := strings.TrimSpace(succeed(t, append(flags, "create", "--timeout", "1h")...))
+	succeed(t, append(flags, "pause", paused)...)
+	succeed(t, append(flags, "create", "--timeout", "1h")...)
+	end()
+	if got := strings.TrimSpace(succeed(t, "ls", "-q", "--data", dir)); got != paused {
+		t.Errorf("what is left: %q, want %q", got, paused)
+	}
+}
+
+// TestFirstKeyFails can't write the first key: none is made that nobody knows, and what is in the way stays.
+func TestFirstKeyFails(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "api-key")
+	if err := os.WriteFile(path, []byte("mine"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	keys, err := server.OpenKeys(t.Context(), dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := newServeCommand()
+	cmd.SetContext(t.Context())
+	if err := ensureAPIKey(cmd, serveFlags{data: dir}, keys); err == nil || !strings.Contains(err.Error(), "--api-key-file") {
+		t.Errorf("a file in the way: %v", err)
+	}
+	if b, err := os.ReadFile(path); err != nil || string(b) != "mine" {
+		t.Errorf("%q, %v", b, err)
+	}
+	if all, err := keys.List(t.Context()); err != nil || len(all) != 0 {
+		t.Errorf("%v, %v", all, err)
+	}
+	if err := keys.Close(); err != nil {
+		t.Fatal(err)
+	}
+	path = filepath.Join(dir, "other")
+	if err := ensureAPIKey(cmd, serveFlags{data: dir, keyFile: path}, keys); err == nil {
+		t.Error("with a database that is closed")
+	}
+	if _, err := os.Stat(path); !os.IsNotExist(err) {
+		t.Errorf("an empty file is left: %v", err)
+	}
+}
