@@ -4,7 +4,7 @@
 //
 // Worker runs in user mode at native speed and proves that memory, registers and
 // port I/O survive; Timer runs in kernel mode with interrupts; Crash ends in the
-// ways in which a guest can end. Their sources are in testdata/guests.
+// ways in which a guest can end; Beacon sleeps, and counts. Their sources are in testdata/guests.
 //
 // The package makes plain data, in the types of package vmm, and runs nothing.
 package testvm
