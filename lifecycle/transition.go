@@ -200,7 +200,7 @@ func (m *Manager) keepRunning(e *entry, timeout time.Duration) bool {
 	now := m.clock.Now()
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if e.state != StateRunning && (e.state != StatePausing || !e.yields) {
+	if e.over() != nil || e.state != StateRunning && (e.state != StatePausing || !e.yields) {
 		return false
 	}
 	e.extend(now.Add(cmp.Or(timeout, e.row.Timeout)), false)
@@ -334,6 +334,10 @@ func (m *Manager) changeTimeout(id string, d time.Duration, shorten bool) error 
 	}
 	now := m.clock.Now()
 	e.mu.Lock()
+	if err := e.over(); err != nil {
+		e.mu.Unlock()
+		return err
+	}
 	if e.state != StateRunning && e.state != StatePausing {
 		defer e.mu.Unlock()
 		return &StateError{ID: id, Op: "change the timeout of", State: e.state}
@@ -354,6 +358,10 @@ func (m *Manager) Touch(id string) error {
 	}
 	now := m.clock.Now()
 	e.mu.Lock()
+	if err := e.over(); err != nil {
+		e.mu.Unlock()
+		return err
+	}
 	e.active = now
 	e.stopPreparing(now, m.ahead(e.row.MemoryBytes))
 	e.mu.Unlock()
