@@ -106,6 +106,15 @@ func (e *entry) begin(ctx context.Context) (begun context.Context, end func()) {
 	}
 }
 
+// because has the error of what ctx, of begin, has ended say why: that a sandbox was killed, not that something was canceled.
+func because(ctx context.Context, err error) error {
+	cause := context.Cause(ctx)
+	if err == nil || cause == nil || errors.Is(err, cause) {
+		return err
+	}
+	return fmt.Errorf("%w (%v)", cause, err)
+}
+
 func (e *entry) setState(s State) {
 	e.mu.Lock()
 	defer e.mu.Unlock()

@@ -43,7 +43,7 @@ func (m *Manager) pause(ctx context.Context, e *entry, reason Reason) (SandboxIn
 	m.meter.pause(time.Since(began), reason, err)
 	if err != nil {
 		e.setState(StateRunning)
-		err = fmt.Errorf("sandbox %s: %w", e.id, err)
+		err = fmt.Errorf("sandbox %s: %w", e.id, because(ctx, err))
 		m.tell(e, StateRunning, reason, time.Since(began), err)
 		m.plan(e)
 		return e.info(), err
@@ -232,7 +232,7 @@ func (m *Manager) resume(ctx context.Context, e *entry, timeout time.Duration) (
 	m.meter.resume(time.Since(began), err)
 	if err != nil {
 		e.setState(StatePaused)
-		err = fmt.Errorf("resume sandbox %s: %w", e.id, err)
+		err = fmt.Errorf("resume sandbox %s: %w", e.id, because(ctx, err))
 	}
 	m.tell(e, StatePaused, ReasonRequest, time.Since(began), err)
 	m.plan(e)
