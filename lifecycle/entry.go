@@ -112,7 +112,7 @@ func because(ctx context.Context, err error) error {
 	if err == nil || cause == nil || errors.Is(err, cause) {
 		return err
 	}
-	return fmt.Errorf("%w (%v)", cause, err)
+	return fmt.Errorf("%w: %w", cause, err)
 }
 
 func (e *entry) setState(s State) {
