@@ -84,13 +84,13 @@ func (m *Manager) act(ctx context.Context, e *entry) {
 		m.look(e, now)
 	}
 	e.mu.Lock()
-	end, idle := e.end()
+	end, _ := e.end()
 	prepare := e.row.OnTimeout == string(ActionPause) && m.opts.PrepareAhead >= 0 && !now.Before(end.Add(-m.ahead(e.row.MemoryBytes)))
 	tried := e.prepared.Equal(end)
 	e.mu.Unlock()
 	switch {
 	case !now.Before(end):
-		m.timeout(ctx, e, idle)
+		m.timeout(ctx, e)
 	case !prepare: // activity has returned
 		e.mu.Lock()
 		e.prepared = time.Time{}
@@ -101,11 +101,11 @@ func (m *Manager) act(ctx context.Context, e *entry) {
 	}
 }
 
-// timeout pauses or kills a sandbox whose timeout is reached.
-func (m *Manager) timeout(ctx context.Context, e *entry, idle bool) {
-	reason := ReasonTimeout
-	if idle {
-		reason = ReasonIdle
+// timeout pauses or kills a sandbox whose timeout is reached, unless it has been extended at the last moment.
+func (m *Manager) timeout(ctx context.Context, e *entry) {
+	reason, up := e.timeUp(m.clock.Now())
+	if !up {
+		return
 	}
 	var err error
 	if e.row.OnTimeout == string(ActionPause) {
@@ -130,6 +130,7 @@ func (m *Manager) failed(e *entry, err error) {
 	defer e.mu.Unlock()
 	wait := min(firstRetry<<min(e.failures, 10), longestRetry)
 	e.failures++
+	e.ending = false
 	e.retry = m.clock.Now().Add(wait)
 	e.row.LastError = err.Error()
 }

@@ -27,6 +27,7 @@ type entry struct {
 	state   State
 	live    *live // what runs; nil if it is paused. Only who has the turn changes it
 	deleted bool
+	ending  bool // its time is up, and it is about to be killed: nothing extends it any more
 
 	deadline time.Time // when its timeout is reached, while it runs
 	active   time.Time // when it was active last
@@ -105,6 +106,15 @@ func (e *entry) begin(ctx context.Context) (begun context.Context, end func()) {
 	}
 }
 
+// because has the error of what ctx, of begin, has ended say why: that a sandbox was killed, not that something was canceled.
+func because(ctx context.Context, err error) error {
+	cause := context.Cause(ctx)
+	if err == nil || cause == nil || errors.Is(err, cause) {
+		return err
+	}
+	return fmt.Errorf("%w (%v)", cause, err)
+}
+
 func (e *entry) setState(s State) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -119,6 +129,33 @@ func (e *entry) end() (at time.Time, idle bool) {
 		}
 	}
 	return e.deadline, false
+}
+
+// timeUp says whether the timeout is reached. If so, that is settled: from then on Connect takes a pause back, or finds the sandbox gone.
+func (e *entry) timeUp(now time.Time) (reason Reason, up bool) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	at, idle := e.end()
+	if now.Before(at) {
+		return "", false
+	}
+	if e.row.OnTimeout == string(ActionPause) {
+		e.state, e.yields = StatePausing, true
+	} else {
+		e.ending = true
+	}
+	if idle {
+		return ReasonIdle, true
+	}
+	return ReasonTimeout, true
+}
+
+// over is ErrNotFound for a sandbox that is gone, or about to be. The caller holds mu.
+func (e *entry) over() error {
+	if e.deleted || e.ending {
+		return fmt.Errorf("sandbox %q: %w", e.id, ErrNotFound)
+	}
+	return nil
 }
 
 // extend moves the deadline; it is moved forward only, unless back says so. The caller holds mu.

@@ -40,7 +40,7 @@ func (m *Manager) capture(ctx context.Context, e *entry) (capture, error) {
 	}
 	p, err := e.live.machine.Checkpoint(ctx, m.store, options)
 	if err != nil {
-		return capture{}, fmt.Errorf("sandbox %s: %w", e.id, err)
+		return capture{}, fmt.Errorf("sandbox %s: %w", e.id, because(ctx, err))
 	}
 	// Once for the machine, whose next snapshot is a diff of it, and once for the caller.
 	for range 2 {

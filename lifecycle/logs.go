@@ -14,15 +14,29 @@ func (m *Manager) Logs(ctx context.Context, id string) (offset int64, text []byt
 	if err != nil {
 		return 0, nil, err
 	}
+	if offset, text, ok := e.logs(); ok { // also in the midst of a transition
+		return offset, text, nil
+	}
 	if err := e.enter(ctx); err != nil {
 		return 0, nil, err
 	}
 	defer e.leave()
-	if e.live != nil {
-		offset, text := e.live.console.end()
+	if offset, text, ok := e.logs(); ok {
 		return offset, text, nil
 	}
 	return m.storedLogs(ctx, e)
+}
+
+// logs are those of a sandbox that has a machine.
+func (e *entry) logs() (offset int64, text []byte, ok bool) {
+	e.mu.Lock()
+	l := e.live
+	e.mu.Unlock()
+	if l == nil {
+		return 0, nil, false
+	}
+	offset, text = l.console.end()
+	return offset, text, true
 }
 
 // storedLogs reads the logs of a paused sandbox, whose turn the caller has.

@@ -4,9 +4,8 @@ package lifecycle_test
 
 import (
 	"bufio"
-	"cmp"
+	"bytes"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -32,6 +31,8 @@ const (
 type box struct {
 	id       string
 	running  bool
+	idle     time.Duration
+	active   time.Time
 	mark     uint64   // what its memory holds, if it runs
 	stored   []uint64 // what it may hold after a resume: one value, but for a pause that a crash has cut; none if it was never paused
 	onPause  bool
@@ -40,6 +41,25 @@ type box struct {
 	timeout  time.Duration
 	note     string // its metadata
 	pending  string // the operation under way
+}
+
+// extend is what a connection does, and the start: the deadline is at least so far away.
+func (b *box) extend(now time.Time, timeout time.Duration) {
+	if d := now.Add(timeout); d.After(b.deadline) {
+		b.deadline = d
+	}
+	b.active = now
+}
+
+// end is when the timeout is reached, or, of one that is paused, when it was.
+func (b *box) end() time.Time {
+	switch idle := b.active.Add(b.idle); {
+	case !b.running:
+		return b.paused
+	case b.idle > 0 && idle.Before(b.deadline):
+		return idle
+	}
+	return b.deadline
 }
 
 // model is the simple model, and the process that it is held against.
@@ -54,10 +74,13 @@ type model struct {
 
 	process *exec.Cmd
 	in      io.WriteCloser
+	said    bytes.Buffer // by the process, to be read when it has ended
 
 	mu      sync.Mutex
 	boxes   []*box
 	kept    map[string][]uint64 // checkpoints by id, and the mark they may have
+	deleted map[string]bool     // checkpoints
+	opening time.Duration       // what the last one took, of the process
 	waiting map[int]chan report
 	n       int
 	dead    chan struct{}
@@ -84,13 +107,19 @@ func TestModel(t *testing.T) {
 	t.Logf("seed %d, %d operations", seed, total)
 	m := &model{
 		t: t, dir: t.TempDir(), rnd: rand.New(rand.NewPCG(uint64(seed), 0)), now: newFakeClock().now, next: 1, kept: make(map[string][]uint64),
+		deleted: make(map[string]bool),
 	}
 	m.start()
 	for m.ops < total && !t.Failed() {
-		if m.rnd.IntN(3) == 0 {
+		switch m.rnd.IntN(4) {
+		case 0:
 			m.round(0)
 			m.pass()
-		} else {
+		case 1:
+			m.round(0)
+			m.cut()
+			m.restart()
+		default:
 			m.round(1 + m.rnd.IntN(modelRound))
 			m.restart()
 		}
@@ -103,6 +132,29 @@ func TestModel(t *testing.T) {
 // start starts the process, and compares what it finds with the model.
 func (m *model) start() {
 	m.t.Helper()
+	m.launch()
+	began := time.Now()
+	r, alive := m.ask(m.open())
+	if !alive || r.Err != "" || len(r.Wrong) > 0 {
+		m.t.Fatalf("open: %+v, alive: %v", r, alive)
+	}
+	m.opening = time.Since(began)
+	m.reconcile(r)
+	m.audit("after a crash")
+}
+
+func (m *model) open() order { return order{Op: "open", Advance: m.now.Sub(newFakeClock().now)} }
+
+func (m *model) audit(when string) {
+	m.t.Helper()
+	if r, alive := m.ask(order{Op: "audit"}); !alive || r.Err != "" || len(r.Wrong) > 0 {
+		m.t.Errorf("%s: %+v", when, r)
+	}
+}
+
+// launch starts the process, which does nothing yet.
+func (m *model) launch() {
+	m.t.Helper()
 	binary, err := os.Executable()
 	if err != nil {
 		m.t.Fatal(err)
@@ -114,7 +166,8 @@ func (m *model) start() {
 	m.process = exec.Command(binary, "-test.run=^TestModelProcess$")
 	m.process.Env = append(os.Environ(), envModel+"="+m.dir)
 	m.process.ExtraFiles = []*os.File{theirs}
-	m.process.Stdout, m.process.Stderr = nil, os.Stderr
+	m.said.Reset()
+	m.process.Stdout, m.process.Stderr = &m.said, os.Stderr
 	if m.in, err = m.process.StdinPipe(); err != nil {
 		m.t.Fatal(err)
 	}
@@ -124,11 +177,9 @@ func (m *model) start() {
 	theirs.Close()
 	m.waiting, m.dead = make(map[int]chan report), make(chan struct{})
 	go m.read(replies, m.dead)
-	r, alive := m.ask(order{Op: "open", Advance: m.now.Sub(newFakeClock().now)})
-	if !alive || r.Err != "" || len(r.Wrong) > 0 {
-		m.t.Fatalf("open: %+v, alive: %v", r, alive)
+	if _, alive := m.ask(order{Op: "hello"}); !alive {
+		m.t.Fatal("the process does not start")
 	}
-	m.reconcile(r)
 }
 
 // read hands replies to who waits for them, until the process ends.
@@ -151,20 +202,7 @@ func (m *model) read(replies *os.File, dead chan struct{}) {
 
 // ask has the process do something. alive is false if it died before it has said what came of that.
 func (m *model) ask(o order) (r report, alive bool) {
-	c := make(chan report, 1)
-	m.mu.Lock()
-	m.n++
-	o.N = m.n
-	m.waiting[o.N] = c
-	dead := m.dead
-	line, err := json.Marshal(o)
-	if err == nil {
-		_, err = m.in.Write(append(line, '\n'))
-	}
-	m.mu.Unlock()
-	if err != nil && !errors.Is(err, os.ErrClosed) {
-		<-dead
-	}
+	c, dead := m.tell(o)
 	select {
 	case r = <-c:
 		return r, true
@@ -176,6 +214,20 @@ func (m *model) ask(o order) (r report, alive bool) {
 	default:
 		return r, false
 	}
+}
+
+// tell has the process do something, and does not wait.
+func (m *model) tell(o order) (c chan report, dead chan struct{}) {
+	c = make(chan report, 1)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.n++
+	o.N = m.n
+	m.waiting[o.N] = c
+	if err := json.NewEncoder(m.in).Encode(o); err != nil { // it was killed
+		<-m.dead
+	}
+	return c, m.dead
 }
 
 // round has callers do random things at the same time, until the round is over, or the process is killed after so many operations; 0: it is not.
@@ -247,23 +299,24 @@ func (m *model) act(rnd *rand.Rand, boxes []*box) bool {
 			m.t.Errorf("%s holds %d after a resume; its last pause had %v", b.id, r.Mark, b.stored)
 		}
 		b.running, b.mark, b.stored = true, r.Mark, []uint64{r.Mark}
-		b.timeout, b.deadline = timeout, m.now.Add(timeout)
+		b.timeout, b.deadline = timeout, time.Time{}
+		b.extend(m.now, timeout)
 	})
 }
 
 func (m *model) actRunning(rnd *rand.Rand, b *box, timeout time.Duration) bool {
-	switch rnd.IntN(6) {
+	switch rnd.IntN(7) {
 	case 0:
 		return m.plain(b, "connect", order{Timeout: timeout}, true, func(r report) {
 			if r.Resumed || r.Mark != b.mark {
 				m.t.Errorf("%s ran and held %d: %+v", b.id, b.mark, r)
 			}
-			if d := m.now.Add(timeout); d.After(b.deadline) {
-				b.deadline = d
-			}
+			b.extend(m.now, timeout)
 		})
 	case 1:
-		return m.plain(b, "timeout", order{Timeout: timeout}, true, func(report) { b.deadline = m.now.Add(timeout) })
+		return m.plain(b, "timeout", order{Timeout: timeout}, true, func(report) { b.deadline, b.active = m.now.Add(timeout), m.now })
+	case 4:
+		return m.plain(b, "touch", order{}, true, func(report) { b.active = m.now })
 	case 2:
 		return m.plain(b, "resume", order{}, false, nil)
 	case 3:
@@ -313,8 +366,11 @@ func (m *model) create(rnd *rand.Rand, b *box, timeout time.Duration) bool {
 	}
 	m.mu.Unlock()
 	fresh := box{running: true, onPause: rnd.IntN(2) == 0, timeout: timeout, note: strconv.FormatUint(m.newMark(), 10)}
+	if rnd.IntN(2) == 0 {
+		fresh.idle = time.Duration(1+rnd.IntN(60)) * time.Minute
+	}
 	r, alive := m.ask(order{
-		Op: "create", ID: template, Timeout: timeout, Pause: fresh.onPause, Metadata: map[string]string{"note": fresh.note},
+		Op: "create", ID: template, Timeout: timeout, Idle: fresh.idle, Pause: fresh.onPause, Metadata: map[string]string{"note": fresh.note},
 	})
 	if !alive {
 		return false
@@ -326,7 +382,8 @@ func (m *model) create(rnd *rand.Rand, b *box, timeout time.Duration) bool {
 		m.t.Errorf("created of %s, which has %v: %+v", template, marks, r)
 		return true
 	}
-	fresh.id, fresh.mark, fresh.deadline = r.ID, r.Mark, m.now.Add(timeout)
+	fresh.id, fresh.mark = r.ID, r.Mark
+	fresh.extend(m.now, timeout)
 	*b = fresh
 	return true
 }
@@ -344,9 +401,9 @@ func (m *model) fork(b *box, boxes []*box, timeout time.Duration) bool {
 		if !slices.Contains(has, r.Mark) {
 			m.t.Errorf("a fork of %s, which has %v, has %d", b.id, has, r.Mark)
 		}
-		*boxes[i] = box{
-			id: r.ID, running: true, mark: r.Mark, onPause: b.onPause, timeout: timeout, deadline: m.now.Add(timeout), note: b.note,
-		}
+		f := box{id: r.ID, running: true, mark: r.Mark, onPause: b.onPause, timeout: timeout, idle: b.idle, note: b.note}
+		f.extend(m.now, timeout)
+		*boxes[i] = f
 	})
 }
 
@@ -363,7 +420,12 @@ func (m *model) checkpoint(rnd *rand.Rand, b *box) bool {
 	}
 	m.mu.Unlock()
 	if remove {
-		_, alive := m.ask(order{Op: "delete", ID: some})
+		r, alive := m.ask(order{Op: "delete", ID: some})
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		if m.deleted[some] = alive; alive && r.Err != "" {
+			m.t.Errorf("delete %s: %+v", some, r)
+		}
 		return alive
 	}
 	return m.plain(b, "checkpoint", order{}, true, func(r report) {
@@ -376,26 +438,57 @@ func (m *model) checkpoint(rnd *rand.Rand, b *box) bool {
 	})
 }
 
+// advance has the clock of the process, which has to be alive, go on.
+func (m *model) advance() {
+	m.t.Helper()
+	d := time.Duration(m.rnd.IntN(40)) * time.Minute
+	if m.rnd.IntN(4) == 0 {
+		d = lifecycle.DefaultRetention - time.Hour
+	}
+	m.now = m.now.Add(d)
+	if _, alive := m.ask(order{Op: "advance", Advance: d}); !alive {
+		m.t.Fatal("the process has ended by itself")
+	}
+}
+
+func (m *model) due(b *box) bool { return b.id != "" && b.running && !m.now.Before(b.end()) }
+
 // pass lets time go on, while nobody calls, until what is due has happened.
 func (m *model) pass() {
 	m.t.Helper()
-	advance := time.Duration(m.rnd.IntN(40)) * time.Minute
-	if m.rnd.IntN(4) == 0 {
-		advance = lifecycle.DefaultRetention - time.Hour
-	}
-	m.now = m.now.Add(advance)
-	if _, alive := m.ask(order{Op: "advance", Advance: advance}); !alive {
-		m.t.Fatal("the process has ended by itself")
-	}
+	m.advance()
 	for _, b := range m.boxes {
 		switch {
-		case b.id == "":
-		case b.running && !m.now.Before(b.deadline) && b.onPause:
+		case m.due(b) && b.onPause:
 			b.running, b.stored, b.paused = false, []uint64{b.mark}, m.now
-		case b.running && !m.now.Before(b.deadline), m.expired(b):
+		case m.due(b), m.expired(b):
 			*b = box{}
 		}
 	}
+	m.wantList()
+}
+
+// cut lets time go on, and kills the process while it does what is due.
+func (m *model) cut() {
+	m.t.Helper()
+	m.advance()
+	for _, b := range m.boxes {
+		switch {
+		case m.due(b) && b.onPause:
+			b.pending = "pause"
+		case m.due(b):
+			b.pending = "kill"
+		}
+	}
+	for range m.rnd.IntN(200) {
+		m.ask(order{Op: "hello"})
+	}
+	_ = m.process.Process.Kill()
+}
+
+// wantList waits until the sandboxes are those of the model.
+func (m *model) wantList() {
+	m.t.Helper()
 	var wrong string
 	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); {
 		r, alive := m.ask(order{Op: "list"})
@@ -406,7 +499,7 @@ func (m *model) pass() {
 			return
 		}
 	}
-	m.t.Errorf("a minute after %v have passed: %s", advance, wrong)
+	m.t.Errorf("for a minute, at %v: %s", m.now, wrong)
 }
 
 func (m *model) expired(b *box) bool {
@@ -428,7 +521,7 @@ func (m *model) compare(r report) string {
 		if b.running {
 			want = lifecycle.StateRunning
 		}
-		if !ok || s.State != want || s.Metadata["note"] != b.note {
+		if !ok || s.State != want || s.Metadata["note"] != b.note || !s.End.Equal(b.end()) {
 			return fmt.Sprintf("%+v is %+v", *b, s)
 		}
 		delete(found, b.id)
@@ -439,38 +532,25 @@ func (m *model) compare(r report) string {
 	return ""
 }
 
-// restart waits for the end of a process that was killed, and starts another. Now and then that is killed at once.
+// restart waits for the end of a process that was killed, and starts another. Now and then that is killed while it opens the directory.
 func (m *model) restart() {
 	m.t.Helper()
 	for range m.rnd.IntN(3) {
 		m.bury()
-		m.process = exec.Command(m.process.Path, m.process.Args[1:]...)
-		m.process.Env = append(os.Environ(), envModel+"="+m.dir)
-		in, err := m.process.StdinPipe()
-		if err = cmp.Or(err, m.process.Start()); err != nil {
-			m.t.Fatal(err)
-		}
-		line, _ := json.Marshal(order{Op: "open", Advance: m.now.Sub(newFakeClock().now)})
-		_, _ = in.Write(append(line, '\n'))
-		for range m.rnd.IntN(1 << 20) { // some time, which need not be known
-			m.rnd.Uint64()
-		}
+		m.launch()
+		m.tell(m.open())
+		time.Sleep(time.Duration(m.rnd.Float64() * float64(m.opening))) // any moment will do
 		_ = m.process.Process.Kill()
-		_ = m.process.Wait()
-		m.crash++
 	}
 	m.bury()
 	m.start()
 }
 
 func (m *model) bury() {
-	if m.dead != nil {
-		<-m.dead
-		_ = m.process.Wait()
-		m.in.Close()
-		m.crash++
-		m.dead = nil
-	}
+	<-m.dead
+	_ = m.process.Wait()
+	m.in.Close()
+	m.crash++
 }
 
 // reconcile compares what a new process has found with what may be there, and makes the model what is.
@@ -537,6 +617,9 @@ func (m *model) reconcileKept(r report) {
 		delete(found, id)
 	}
 	for id := range found { // of which the crash has cut the making, or the deletion
+		if m.deleted[id] {
+			m.t.Errorf("checkpoint %s, which was deleted, is there", id)
+		}
 		if r, alive := m.ask(order{Op: "delete", ID: id}); !alive || r.Err != "" {
 			m.t.Errorf("delete %s: %+v", id, r)
 		}
@@ -546,6 +629,7 @@ func (m *model) reconcileKept(r report) {
 // finish looks at every sandbox, kills it, and sees to it that nothing is left.
 func (m *model) finish() {
 	m.t.Helper()
+	m.wantList()
 	for _, b := range m.boxes {
 		if b.id == "" {
 			continue
@@ -570,15 +654,13 @@ func (m *model) finish() {
 	if r, alive := m.ask(order{Op: "list"}); !alive || len(r.Sandboxes) > 0 || len(r.Templates) != 1 {
 		m.t.Errorf("in the end there are %+v", r)
 	}
-	if r, alive := m.ask(order{Op: "audit"}); !alive || r.Err != "" || len(r.Wrong) > 0 {
-		m.t.Errorf("in the end: %+v", r)
-	}
+	m.audit("in the end")
 	if r, alive := m.ask(order{Op: "close"}); !alive || r.Err != "" {
 		m.t.Errorf("close: %+v", r)
 	}
 	<-m.dead
 	if err := m.process.Wait(); err != nil { // it looks for leaks of its own
-		m.t.Errorf("the process ends with %v", err)
+		m.t.Errorf("the process ends with %v: %s", err, &m.said)
 	}
 	m.in.Close()
 }

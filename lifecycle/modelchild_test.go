@@ -26,6 +26,9 @@ import (
 // envModel makes the test binary the process that TestModel kills: a Manager on the directory that it names, which does what standard input asks for.
 const envModel = "CRYOVISOR_MODEL_DIR"
 
+// modelDisk is the disk of the model's guests: a mark is on it too, at its beginning.
+const modelDisk = "disk"
+
 // order is what the model's process is to do.
 type order struct {
 	N        int // identifies the reply
@@ -34,6 +37,7 @@ type order struct {
 	Mark     uint64
 	Timeout  time.Duration
 	Advance  time.Duration
+	Idle     time.Duration
 	Pause    bool
 	Metadata map[string]string
 }
@@ -57,6 +61,7 @@ func TestModelProcess(t *testing.T) {
 	if dir == "" {
 		t.Skip("TestModel runs it")
 	}
+	checkLeaks(t)
 	clock := newFakeClock()
 	p := &modelProcess{t: t, dir: dir, out: json.NewEncoder(os.NewFile(3, "replies"))}
 	in := bufio.NewScanner(os.Stdin)
@@ -99,12 +104,13 @@ func (p *modelProcess) open(o order, clock *fakeClock) {
 	if err == nil {
 		p.m = &managed{m, p.dir, clock}
 		if _, missing := m.Template("ticker"); missing != nil {
-			_, err = m.CreateTemplate(context.Background(), ticker(p.t, "ticker"))
+			config := ticker(p.t, "ticker")
+			config.Disks = []lifecycle.Disk{{Name: modelDisk, Size: 1 << 20}}
+			_, err = m.CreateTemplate(context.Background(), config)
 		}
 	}
 	r := report{}
 	if err == nil {
-		r.Wrong, err = p.audit()
 		r.list(m)
 	}
 	p.reply(o, r, err)
@@ -147,7 +153,7 @@ func (p *modelProcess) do(o order) {
 	switch o.Op {
 	case "create":
 		var s *lifecycle.Sandbox
-		opts := lifecycle.CreateOptions{Template: o.ID, Timeout: o.Timeout, Metadata: o.Metadata}
+		opts := lifecycle.CreateOptions{Template: o.ID, Timeout: o.Timeout, IdleTimeout: o.Idle, Metadata: o.Metadata}
 		if o.Pause {
 			opts.OnTimeout = lifecycle.ActionPause
 		}
@@ -157,8 +163,6 @@ func (p *modelProcess) do(o order) {
 		}
 	case "mark":
 		_, err = p.mark(o.ID, o.Mark)
-	case "read":
-		r.Mark, err = p.mark(o.ID, 0)
 	case "pause":
 		_, err = p.m.Pause(ctx, o.ID)
 	case "connect":
@@ -174,6 +178,8 @@ func (p *modelProcess) do(o order) {
 		err = p.m.Kill(ctx, o.ID)
 	case "timeout":
 		err = p.m.SetTimeout(o.ID, o.Timeout)
+	case "touch":
+		err = p.m.Touch(o.ID)
 	case "fork":
 		var forks []lifecycle.ForkResult
 		if forks, err = p.m.Fork(ctx, o.ID, 1, lifecycle.ConnectOptions{Timeout: o.Timeout}); err == nil {
@@ -193,30 +199,45 @@ func (p *modelProcess) do(o order) {
 	case "list":
 		r.list(p.m.Manager)
 	case "audit":
-		r.Wrong, err = p.audit()
+		r.Wrong, err = p.m.settledAudit(p.t)
 	}
 	p.reply(o, r, err)
 }
 
-// mark writes the mark of a sandbox that runs, if it is not 0, and returns it.
+// mark writes the mark of a sandbox that runs, if it is not 0, and returns it. It is in its memory and on its disk, which are of one instant.
 func (p *modelProcess) mark(id string, mark uint64) (uint64, error) {
 	machine, err := p.m.Machine(id)
 	if err != nil {
 		return 0, err
 	}
-	mem := machine.VM.Memory()
+	mem, disk := machine.VM.Memory(), machine.DiskDevice(modelDisk)
 	if mark != 0 {
-		_, err = mem.WriteAt(binary.LittleEndian.AppendUint64(nil, mark), markAt)
-		return mark, err
+		b := binary.LittleEndian.AppendUint64(nil, mark)
+		_, err = mem.WriteAt(b, markAt)
+		_, diskErr := disk.WriteAt(b, 0)
+		return mark, errors.Join(err, diskErr)
 	}
-	var b [8]byte
+	var b, onDisk [8]byte
 	_, err = mem.ReadAt(b[:], markAt)
+	_, diskErr := disk.ReadAt(onDisk[:], 0)
+	if err = errors.Join(err, diskErr); err == nil && b != onDisk {
+		err = fmt.Errorf("the mark in memory is %x, that on the disk %x", b, onDisk)
+	}
 	return binary.LittleEndian.Uint64(b[:]), err
 }
 
+// settledAudit is audit, when what goes on by itself, as the deletion of what has expired, has come to its end: a leak does not.
+func (m *managed) settledAudit(t *testing.T) (wrong []string, err error) {
+	for deadline := time.Now().Add(time.Minute); ; {
+		if wrong, err = m.audit(t); err != nil || len(wrong) == 0 || time.Now().After(deadline) {
+			return wrong, err
+		}
+	}
+}
+
 // audit compares the files of a Manager, of whose sandboxes none runs, with its catalog.
-func (p *modelProcess) audit() (wrong []string, err error) {
-	db, err := sql.Open("sqlite", filepath.Join(p.dir, "catalog.db"))
+func (m *managed) audit(t *testing.T) (wrong []string, err error) {
+	db, err := sql.Open("sqlite", filepath.Join(m.dir, "catalog.db"))
 	if err != nil {
 		return nil, err
 	}
@@ -242,7 +263,7 @@ func (p *modelProcess) audit() (wrong []string, err error) {
 			wrong = append(wrong, fmt.Sprintf("%s: there are %v, there should be %v", what, have, want))
 		}
 	}
-	store, storeErr := snapshot.OpenStore(filepath.Join(p.dir, "store"))
+	store, storeErr := snapshot.OpenStore(filepath.Join(m.dir, "store"))
 	if storeErr != nil {
 		return nil, storeErr
 	}
@@ -258,7 +279,7 @@ func (p *modelProcess) audit() (wrong []string, err error) {
 		}
 	}
 	slices.Sort(named)
-	for _, path := range p.m.stored(p.t) {
+	for _, path := range m.stored(t) {
 		switch base := filepath.Base(path); filepath.Ext(path) {
 		case ".pack":
 			packs = append(packs, strings.TrimSuffix(base, ".pack"))
@@ -266,6 +287,13 @@ func (p *modelProcess) audit() (wrong []string, err error) {
 			overlays = append(overlays, base)
 		}
 	}
+	listed := report{}
+	listed.list(m.Manager)
+	var alive []string
+	for _, s := range listed.Sandboxes {
+		alive = append(alive, s.ID)
+	}
+	same("sandboxes", alive, column("SELECT id FROM sandboxes"))
 	same("snapshots", manifests, column("SELECT snapshot FROM sandboxes UNION SELECT snapshot FROM templates"))
 	same("packs", packs, slices.Compact(named))
 	same("keys", column("SELECT id FROM secrets"), column("SELECT id FROM sandboxes UNION SELECT id FROM templates"))

@@ -5,6 +5,7 @@ package lifecycle_test
 import (
 	"errors"
 	"fmt"
+	"runtime"
 	"testing"
 	"time"
 
@@ -101,6 +102,34 @@ func TestPreparationGivenUp(t *testing.T) {
 	}
 	if left := m.stored(t); len(left) > 3 {
 		t.Errorf("left: %v", left)
+	}
+}
+
+// TestConnectOrTimeout connects to sandboxes at the moment at which their time is up: one of the two is first, and if it is the connection, nothing
+// happens to the sandbox.
+func TestConnectOrTimeout(t *testing.T) {
+	for _, action := range []lifecycle.Action{lifecycle.ActionKill, lifecycle.ActionPause} {
+		m := newManager(t, lifecycle.ManagerOptions{PrepareAhead: -1})
+		for i := range 100 {
+			s := m.create(t, lifecycle.CreateOptions{Timeout: time.Minute, OnTimeout: action})
+			m.clock.advance(time.Minute)
+			for range i { // another moment each time
+				runtime.Gosched()
+			}
+			info, _, err := s.Connect(t.Context(), lifecycle.ConnectOptions{Timeout: time.Hour})
+			if action == lifecycle.ActionKill && errors.Is(err, lifecycle.ErrNotFound) {
+				continue
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := s.Pause(t.Context()); err != nil {
+				t.Fatalf("it was to run until %v, and at %v: %v", info.End, m.clock.Now(), err)
+			}
+			if err := s.Kill(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}
 	}
 }
 

@@ -43,7 +43,7 @@ func (m *Manager) pause(ctx context.Context, e *entry, reason Reason) (SandboxIn
 	m.meter.pause(time.Since(began), reason, err)
 	if err != nil {
 		e.setState(StateRunning)
-		err = fmt.Errorf("sandbox %s: %w", e.id, err)
+		err = fmt.Errorf("sandbox %s: %w", e.id, because(ctx, err))
 		m.tell(e, StateRunning, reason, time.Since(began), err)
 		m.plan(e)
 		return e.info(), err
@@ -200,7 +200,7 @@ func (m *Manager) keepRunning(e *entry, timeout time.Duration) bool {
 	now := m.clock.Now()
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if e.state != StateRunning && (e.state != StatePausing || !e.yields) {
+	if e.over() != nil || e.state != StateRunning && (e.state != StatePausing || !e.yields) {
 		return false
 	}
 	e.extend(now.Add(cmp.Or(timeout, e.row.Timeout)), false)
@@ -232,7 +232,7 @@ func (m *Manager) resume(ctx context.Context, e *entry, timeout time.Duration) (
 	m.meter.resume(time.Since(began), err)
 	if err != nil {
 		e.setState(StatePaused)
-		err = fmt.Errorf("resume sandbox %s: %w", e.id, err)
+		err = fmt.Errorf("resume sandbox %s: %w", e.id, because(ctx, err))
 	}
 	m.tell(e, StatePaused, ReasonRequest, time.Since(began), err)
 	m.plan(e)
@@ -334,6 +334,10 @@ func (m *Manager) changeTimeout(id string, d time.Duration, shorten bool) error 
 	}
 	now := m.clock.Now()
 	e.mu.Lock()
+	if err := e.over(); err != nil {
+		e.mu.Unlock()
+		return err
+	}
 	if e.state != StateRunning && e.state != StatePausing {
 		defer e.mu.Unlock()
 		return &StateError{ID: id, Op: "change the timeout of", State: e.state}
@@ -354,6 +358,10 @@ func (m *Manager) Touch(id string) error {
 	}
 	now := m.clock.Now()
 	e.mu.Lock()
+	if err := e.over(); err != nil {
+		e.mu.Unlock()
+		return err
+	}
 	e.active = now
 	e.stopPreparing(now, m.ahead(e.row.MemoryBytes))
 	e.mu.Unlock()

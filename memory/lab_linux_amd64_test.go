@@ -2,6 +2,7 @@ package memory_test
 
 import (
 	"testing"
+	"time"
 
 	"github.com/cryovisor/cryovisor/internal/testvm/kvmlab"
 )
@@ -9,7 +10,7 @@ import (
 // TestLinuxRealKVM runs what has a vCPU or another kernel writer in it where the
 // processor runs the guests, and on an older kernel.
 func TestLinuxRealKVM(t *testing.T) {
-	kvmlab.RunTest(t, kvmlab.Config{}, func(t *testing.T) {
+	kvmlab.RunTest(t, kvmlab.Config{TimeLimit: 10 * time.Minute}, func(t *testing.T) {
 		t.Run("missing pages", TestKVMRunOnMissingPages)
 		t.Run("vCPUs during a still", TestKVMRunDuringStill)
 		t.Run("memory closed", TestKVMRunStillClosed)

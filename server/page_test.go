@@ -15,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/chromedp/cdproto/emulation"
+	"github.com/chromedp/cdproto/log"
 	"github.com/chromedp/cdproto/network"
 	"github.com/chromedp/cdproto/page"
 	"github.com/chromedp/cdproto/runtime"
@@ -61,6 +63,10 @@ func (b *browser) note(event any) {
 	switch e := event.(type) {
 	case *runtime.EventExceptionThrown:
 		b.problems = append(b.problems, e.ExceptionDetails.Text)
+	case *log.EventEntryAdded:
+		if e.Entry.Source != log.SourceNetwork { // answers that are no success are what the test asks for
+			b.problems = append(b.problems, e.Entry.Text)
+		}
 	case *runtime.EventConsoleAPICalled:
 		b.problems = append(b.problems, "console: "+string(e.Type))
 	case *network.EventRequestWillBeSent:
@@ -100,7 +106,7 @@ func TestPage(t *testing.T) {
 	f.as(f.other, "POST", "/v2/sandboxes", "")
 
 	var text, points, images string
-	b.run(t, network.Enable(), runtime.Enable(), chromedp.Navigate(f.url), chromedp.WaitVisible("#key"),
+	b.run(t, network.Enable(), runtime.Enable(), log.Enable(), chromedp.Navigate(f.url), chromedp.WaitVisible("#key"),
 		chromedp.SendKeys("#key", f.key+"\n"),
 		until(`document.querySelectorAll("#sandboxes tr").length === 2`), until(`document.querySelectorAll("#times .point").length === 3`),
 		chromedp.Text("#sandboxes", &text), chromedp.Text("#totals", &points),
@@ -119,6 +125,12 @@ func TestPage(t *testing.T) {
 	}
 	b.run(t, chromedp.Click(`[data-action="Kill `+id+`"]`), until(`document.querySelectorAll("#sandboxes tr").length === 1`))
 	f.want(f.do("GET", "/sandboxes/"+id, ""), http.StatusNotFound)
+	// A button whose sandbox has gone meanwhile: what that leads to is still shown when the list is fresh.
+	b.run(t, chromedp.Evaluate(`(async (b) => {
+		await fetch("/sandboxes/`+paused+`", { method: "DELETE", headers: { "X-API-KEY": sessionStorage.getItem("key") } });
+		b.click();
+	})(document.querySelector('[data-action="Connect `+paused+`"]'))`, nil),
+		until(`!document.getElementById("none").hidden && document.getElementById("problem").textContent === "not found"`))
 	var location, stored string
 	b.run(t, chromedp.Location(&location), chromedp.Click("#leave"), chromedp.WaitVisible("#key"),
 		chromedp.Evaluate(`String(sessionStorage.length + localStorage.length) + document.cookie`, &stored))
@@ -143,11 +155,17 @@ func shoot(t *testing.T, b *browser, name string) {
 	if dir == "" {
 		return
 	}
-	for _, size := range []int64{1200, 420} {
-		var picture []byte
-		b.run(t, chromedp.EmulateViewport(size, 900), chromedp.FullScreenshot(&picture, 100))
-		if err := os.WriteFile(filepath.Join(dir, fmt.Sprintf("%s-%d.png", name, size)), picture, 0o600); err != nil {
-			t.Fatal(err)
+	for _, scheme := range []string{"light", "dark"} {
+		for _, size := range []int64{1200, 420} {
+			var picture []byte
+			b.run(t, emulation.SetEmulatedMedia().WithFeatures([]*emulation.MediaFeature{{Name: "prefers-color-scheme", Value: scheme}}),
+				chromedp.EmulateViewport(size, 900), chromedp.Evaluate(`refresh()`, nil, awaited), chromedp.FullScreenshot(&picture, 100))
+			if err := os.WriteFile(filepath.Join(dir, fmt.Sprintf("%s-%s-%d.png", name, scheme, size)), picture, 0o600); err != nil {
+				t.Fatal(err)
+			}
 		}
 	}
 }
+
+// awaited has an evaluation wait for its promise.
+func awaited(p *runtime.EvaluateParams) *runtime.EvaluateParams { return p.WithAwaitPromise(true) }

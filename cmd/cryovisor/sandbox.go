@@ -129,8 +129,9 @@ func (f *remoteFlags) list(ctx context.Context, o client.ListOptions) (all []cli
 		}
 		page, err := m.List(opts)
 		for _, s := range page.Sandboxes {
+			of, _ := m.Template(s.Template) // which may have been deleted: it has no name then
 			all = append(all, client.Sandbox{
-				ID: s.ID, Template: s.Template, State: string(s.State), Started: s.Started, End: s.End, VCPUs: s.VCPUs,
+				ID: s.ID, Template: s.Template, Alias: of.Name, State: string(s.State), Started: s.Started, End: s.End, VCPUs: s.VCPUs,
 				MemoryMiB: s.MemoryBytes >> 20, DiskMiB: s.DiskBytes >> 20, StoredBytes: s.StoredBytes, Metadata: s.Metadata,
 			})
 		}

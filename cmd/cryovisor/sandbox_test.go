@@ -141,7 +141,8 @@ func TestServe(t *testing.T) {
 	}
 	end()
 	var listed []client.Sandbox
-	if err := json.Unmarshal([]byte(succeed(t, "ls", "--data", dir, "--json")), &listed); err != nil || len(listed) != 1 || listed[0].State != "paused" {
+	if err := json.Unmarshal([]byte(succeed(t, "ls", "--data", dir, "--json")), &listed); err != nil || len(listed) != 1 || listed[0].State != "paused" ||
+		listed[0].Alias != "base" {
 		t.Errorf("after the server: %+v, %v", listed, err)
 	}
 	if got := succeed(t, "template", "ls", "--data", dir); !strings.Contains(got, `"base"`) {
@@ -297,6 +298,19 @@ func TestFollow(t *testing.T) {
 	cmd.SetOut(&out)
 	if err := cmd.ExecuteContext(ctx); err != nil || out.String() != "a[2Jb\n" {
 		t.Errorf("%q, %v", out.String(), err)
+	}
+}
+
+// TestEach has errors said once, by whoever is told of them last.
+func TestEach(t *testing.T) {
+	fail := func(id string) error { return errors.New("no " + id) }
+	for want, ids := range map[string][]string{"": {"a"}, "cryovisor: no a\ncryovisor: no b\n": {"a", "b"}} {
+		var failed bytes.Buffer
+		cmd := newRootCommand()
+		cmd.SetErr(&failed)
+		if err := each(cmd, ids, false, fail); err == nil || failed.String() != want {
+			t.Errorf("%v: %q, %v", ids, failed.String(), err)
+		}
 	}
 }
 

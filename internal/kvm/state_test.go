@@ -215,9 +215,12 @@ func TestCPUID(t *testing.T) {
 	}
 	must(t, m.vcpu.SetCPUID2(leaves))
 	got := must1(m.vcpu.CPUID2())(t)
+	// A KVM was seen not to give back the leaves of AMX, 0x1d and 0x1e, for whose state this process has not asked.
 	names := func(l []CPUIDEntry) (n [][2]uint32) {
 		for _, e := range l {
-			n = append(n, [2]uint32{e.Function, e.Index})
+			if e.Function != 0x1d && e.Function != 0x1e {
+				n = append(n, [2]uint32{e.Function, e.Index})
+			}
 		}
 		return n
 	}

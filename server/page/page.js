@@ -3,29 +3,39 @@
 
 const $ = (id) => document.getElementById(id);
 const refreshEvery = 3000; // ms
-let nextToken = "";
 let pages = 1;
 let timer = 0;
+let turn = 0; // which refresh is the newest: what older ones bring is not shown any more
 
 function key() { return sessionStorage.getItem("key") || ""; }
 
 async function call(method, path, body) {
+  const used = key();
   const answer = await fetch(path, {
-    method, headers: { "X-API-KEY": key() }, body: body && JSON.stringify(body), cache: "no-store",
+    method, headers: { "X-API-KEY": used }, body: body && JSON.stringify(body), cache: "no-store",
   });
   if (answer.ok) return answer;
   const said = await answer.json().catch(() => ({}));
-  if (answer.status === 401) leave();
-  throw new Error(said.message || answer.statusText);
+  const why = said.message || answer.statusText;
+  if (answer.status === 401 && used === key()) leave(why);
+  throw new Error(why);
 }
 
-function problem(text) {
+// problem shows what went wrong. What a button led to stays until the next one; what a refresh did, until one succeeds.
+function problem(text, by) {
   $("problem").textContent = text;
+  $("problem").dataset.by = by || "";
   $("problem").hidden = !text;
 }
 
-function leave() {
+// leave forgets the key, and what was shown by it.
+function leave(why) {
   sessionStorage.removeItem("key");
+  clearTimeout(timer);
+  turn++;
+  pages = 1;
+  for (const id of ["sandboxes", "times", "sizes"]) $(id).replaceChildren();
+  problem(why || "");
   show();
 }
 
@@ -39,30 +49,36 @@ function show() {
 
 async function refresh() {
   clearTimeout(timer);
+  if (!key()) return;
+  const mine = ++turn;
   try {
-    const sandboxes = await load();
+    const { sandboxes, more } = await load();
     const activity = await (await call("GET", "/cryovisor/v1/activity")).json();
-    problem("");
-    showTotals(sandboxes, activity);
+    if (mine !== turn) return;
+    if ($("problem").dataset.by === "refresh") problem("");
+    showTotals(sandboxes, more, activity);
     showSandboxes(sandboxes);
+    $("more").hidden = !more;
     showTimes(activity);
     showSizes(activity);
   } catch (err) {
-    problem(String(err.message || err));
+    if (mine !== turn) return;
+    problem(String(err.message || err), "refresh");
   }
-  if (key()) timer = setTimeout(refresh, refreshEvery);
+  timer = setTimeout(refresh, refreshEvery);
 }
 
+// load fetches the pages that are shown; more says whether there are others.
 async function load() {
-  const all = [];
-  nextToken = "";
+  const sandboxes = [];
+  let token = "";
   for (let i = 0; i < pages; i++) {
-    const answer = await call("GET", "/v2/sandboxes?limit=100" + (nextToken && "&nextToken=" + encodeURIComponent(nextToken)));
-    all.push(...await answer.json());
-    nextToken = answer.headers.get("X-Next-Token") || "";
-    if (!nextToken) break;
+    const answer = await call("GET", "/v2/sandboxes?limit=100" + (token && "&nextToken=" + encodeURIComponent(token)));
+    sandboxes.push(...await answer.json());
+    token = answer.headers.get("X-Next-Token") || "";
+    if (!token) break;
   }
-  return all;
+  return { sandboxes, more: token !== "" };
 }
 
 function bytes(n) {
@@ -83,8 +99,8 @@ function median(list) {
 const pauses = (activity) => activity.filter((e) => e.state === "paused" && e.from === "running" && !e.failed && e.tookMS > 0);
 const resumes = (activity) => activity.filter((e) => e.state === "running" && e.from === "paused" && !e.failed);
 
-function showTotals(sandboxes, activity) {
-  const more = nextToken ? "+" : "";
+function showTotals(sandboxes, others, activity) {
+  const more = others ? "+" : "";
   $("running").textContent = sandboxes.filter((s) => s.state === "running").length + more;
   $("paused").textContent = sandboxes.filter((s) => s.state === "paused").length + more;
   $("stored").textContent = bytes(sandboxes.reduce((n, s) => n + (s.storedBytes || 0), 0)) + more;
@@ -132,7 +148,6 @@ function showSandboxes(sandboxes) {
   $("sandboxes").replaceChildren(...rows);
   if (focused) document.querySelectorAll("[data-action]").forEach((b) => b.dataset.action === focused && b.focus());
   $("none").hidden = sandboxes.length > 0;
-  $("more").hidden = !nextToken;
 }
 
 function button(text, sandbox, act) {
@@ -143,18 +158,19 @@ function button(text, sandbox, act) {
   b.setAttribute("aria-label", b.dataset.action);
   b.addEventListener("click", async () => {
     b.disabled = true;
+    problem("");
     try {
       await act();
     } catch (err) {
-      problem(String(err.message || err));
+      problem(String(err.message || err), "button");
     }
     refresh();
   });
   return b;
 }
 
-// Charts are 480 by 160, with room for labels at the left and below.
-const chart = { width: 480, height: 160, left: 56, right: 8, top: 10, bottom: 22 };
+// Charts are as wide as there is room, with some for labels at the left and below.
+const chart = { height: 160, left: 56, right: 8, top: 10, bottom: 22 };
 
 function element(name, attributes, text) {
   const e = document.createElementNS("http://www.w3.org/2000/svg", name);
@@ -165,16 +181,17 @@ function element(name, attributes, text) {
 
 // draw plots points {at, value, kind, title} over the last hour, on a logarithmic scale with a base.
 function draw(into, label, points, base, format) {
-  const svg = element("svg", { viewBox: `0 0 ${chart.width} ${chart.height}`, role: "img", "aria-label": label + ": " + points.length + " points" });
+  const width = Math.max(into.clientWidth, 240);
+  const svg = element("svg", { viewBox: `0 0 ${width} ${chart.height}`, role: "img", "aria-label": label + ": " + points.length + " points" });
   const values = points.length ? points.map((p) => Math.max(p.value, 1e-3)) : [1];
   const log = (v) => Math.log(v) / Math.log(base);
   const from = Math.floor(log(Math.min(...values)) + 1e-9), to = Math.max(from + 1, Math.ceil(log(Math.max(...values)) - 1e-9));
   const bottom = chart.height - chart.bottom;
   const y = (v) => bottom - (bottom - chart.top) * (log(Math.max(v, base ** from)) - from) / (to - from);
-  const now = Date.now(), x = (t) => chart.left + (chart.width - chart.left - chart.right) * (1 - (now - t) / 3600000);
+  const now = Date.now(), x = (t) => chart.left + (width - chart.left - chart.right) * (1 - (now - t) / 3600000);
   for (let i = from; i <= to; i += Math.ceil((to - from) / 4)) {
     const v = base ** i;
-    svg.append(element("line", { class: "axis", x1: chart.left, x2: chart.width - chart.right, y1: y(v), y2: y(v) }));
+    svg.append(element("line", { class: "axis", x1: chart.left, x2: width - chart.right, y1: y(v), y2: y(v) }));
     svg.append(element("text", { x: chart.left - 6, y: y(v) + 4, "text-anchor": "end" }, format(v)));
   }
   for (const minutes of [60, 40, 20, 0]) {
@@ -206,6 +223,6 @@ $("enter").addEventListener("submit", (event) => {
   problem("");
   show();
 });
-$("leave").addEventListener("click", leave);
+$("leave").addEventListener("click", () => leave());
 $("more").addEventListener("click", () => { pages++; refresh(); });
 show();
