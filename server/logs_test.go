@@ -52,8 +52,8 @@ func TestLogs(t *testing.T) {
 		if len(part) == 0 {
 			break
 		}
-		if len(part) > 4 {
-			t.Fatalf("%d lines of at most 4", len(part))
+		if len(part) > 4 || len(parts) > len(all) {
+			t.Fatalf("%d lines of at most 4, after %d of %d", len(part), len(parts), len(all))
 		}
 		parts = append(parts, part...)
 		cursor = part[len(part)-1].Fields.Cursor
