@@ -28,15 +28,17 @@ func openTest(t *testing.T, path string) *Catalog {
 
 func full() (Sandbox, Template) {
 	at := time.Date(2026, 1, 2, 3, 4, 5, 6, time.UTC)
-	return Sandbox{
-			ID: "s1", Template: "t1", Owner: "o", Running: true, Snapshot: "abc", Created: at, Started: at.Add(1), Paused: at.Add(2),
-			Timeout: time.Minute, IdleTimeout: time.Second, OnTimeout: "pause", AutoResume: true,
-			Metadata: map[string]string{"k'\"": "v\x00ü"}, VCPUs: 2, MemoryBytes: 1 << 40, DiskBytes: 1 << 41, StoredBytes: 7, Pauses: 3,
-			LastError: "broken",
-		}, Template{
-			ID: "t1", Name: "base", Owner: "o", Source: "s1", Snapshot: "def", Created: at, VCPUs: 1, MemoryBytes: 5, DiskBytes: 6, StoredBytes: 7,
-			Labels: map[string]string{"a": "b"}, WorkingSet: []byte{0, 1, 2},
-		}
+	s := Sandbox{
+		ID: "s1", Template: "t1", Owner: "o", Running: true, Snapshot: "abc", Created: at, Started: at.Add(1), Paused: at.Add(2),
+		Timeout: time.Minute, IdleTimeout: time.Second, OnTimeout: "pause", AutoResume: true,
+		Metadata: map[string]string{"k'\"": "v\x00ü"}, VCPUs: 2, MemoryBytes: 1 << 40, DiskBytes: 1 << 41, StoredBytes: 7, Pauses: 3,
+		LastError: "broken",
+	}
+	t := Template{
+		ID: "t1", Name: "base", Owner: "o", Source: "s1", Snapshot: "def", Created: at, VCPUs: 1, MemoryBytes: 5, DiskBytes: 6, StoredBytes: 7,
+		Labels: map[string]string{"a": "b"}, WorkingSet: []byte{0, 1, 2},
+	}
+	return s, t
 }
 
 // TestRecords writes every column, and finds the same after the file has been closed and opened.
