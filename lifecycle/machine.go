@@ -97,6 +97,10 @@ type ResumeOptions struct {
 	// WorkingSet, if not nil, is what Machine.WorkingSet has said of a machine of this snapshot, to be
 	// prefetched instead of what the snapshot knows.
 	WorkingSet []byte
+	// SmallPages keeps the memory that was prefetched, or loaded, in pages of 4 KiB. Otherwise it is moved to huge pages of
+	// the host's, where it is dense, once it is there: a guest then touches it for the first time at a fraction of
+	// the cost. See memory.Memory.Collapse for the price.
+	SmallPages bool
 	// Progress, if not nil, is told how many bytes of guest memory, of those that
 	// the snapshot has, an eager resume has loaded. It is called from several
 	// goroutines.

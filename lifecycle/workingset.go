@@ -186,10 +186,13 @@ func (m *Machine) startPrefetch(opts ResumeOptions) {
 		if m.prefetch.err == nil && opts.Prefetch == PrefetchAll {
 			m.prefetch.err = m.image.Populate(ctx)
 		}
+		if m.prefetch.err == nil && !opts.SmallPages && (opts.Eager || opts.Prefetch != PrefetchNone) {
+			_, m.prefetch.err = m.VM.Memory().Collapse(ctx)
+		}
 	}()
 }
 
-// WaitPrefetch waits until what a resume prefetches is there, or ctx ends. An error is no failure of the machine: what is missing
+// WaitPrefetch waits until what a resume prefetches is there, and in huge pages if it may be, or ctx ends. An error is no failure of the machine: what is missing
 // is fetched when it is touched.
 func (m *Machine) WaitPrefetch(ctx context.Context) error {
 	if m.prefetch == nil {

@@ -35,6 +35,14 @@ func (b bitmap) clear(lo, hi uint64) (changed int) {
 	return changed
 }
 
+// count is how many bits are set.
+func (b bitmap) count() (n uint64) {
+	for i := range b {
+		n += uint64(bits.OnesCount64(b[i].Load()))
+	}
+	return n
+}
+
 // next returns the first i in [lo, hi) whose bit is want, or hi.
 func (b bitmap) next(lo, hi uint64, want bool) uint64 {
 	for lo < hi {

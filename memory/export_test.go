@@ -33,3 +33,6 @@ func (img *Image) Quiet() {
 
 // Lose is what a pager does that can't read faults any more.
 func (m *Memory) Lose(err error) { m.lose(m.lazy.fd, err) }
+
+// CanCollapse says whether this kernel can move an image to huge pages.
+func CanCollapse() bool { return canCollapse() }

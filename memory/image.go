@@ -68,6 +68,8 @@ type Image struct {
 	// as it is set, touching the page can't block.
 	present bitmap
 	pages   atomic.Int64 // how many bits of present are set
+	huge    bitmap       // what may be a huge page of file, in whole or in part
+	zeroing sync.RWMutex // held for reading while a machine maps zeros of its own, for writing while it must not
 	filling sync.RWMutex // held for writing while pages leave file, for reading while others enter it
 
 	mapMu  sync.Mutex
@@ -102,7 +104,7 @@ type Image struct {
 	now   func() time.Time
 	pause func(context.Context, time.Duration) error // between two attempts to fetch
 
-	demandPages, aheadPages, chunksFetched, reclaimed, found, evicted atomic.Uint64
+	demandPages, aheadPages, chunksFetched, reclaimed, found, evictedPages, filled atomic.Uint64
 }
 
 // NewImage returns an empty image of size bytes of RAM that fills itself from
@@ -128,6 +130,7 @@ func imageOf(size uint64, src Source, file *os.File) *Image {
 		src:     src,
 		file:    file,
 		present: newBitmap(span(size) / PageSize),
+		huge:    newBitmap(span(size)/hugePage + 1),
 		refs:    1,
 		flights: make(map[int64]*flight),
 		done:    newBitmap(chunks),
@@ -198,7 +201,12 @@ func (img *Image) install(gpa uint64, pages []byte, count *atomic.Uint64) error 
 	}
 	img.filling.RLock()
 	defer img.filling.RUnlock()
-	end := (gpa + n) / PageSize
+	return img.put(gpa, pages, count)
+}
+
+// put is install; the caller holds filling.
+func (img *Image) put(gpa uint64, pages []byte, count *atomic.Uint64) error {
+	end := (gpa + uint64(len(pages))) / PageSize
 	for lo := gpa / PageSize; lo < end; {
 		lo = img.present.next(lo, end, false)
 		hi := img.present.next(lo, end, true)

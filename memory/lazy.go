@@ -205,7 +205,7 @@ func (m *Memory) serve(ctx context.Context, gpa uint64, want *need) (Range, erro
 	if chunk < 0 {
 		lo := max(run.GPA, gpa&^(zeroWindow-1))
 		run = Range{GPA: lo, Len: min(run.End(), gpa&^(zeroWindow-1)+zeroWindow) - lo}
-		return run, m.zero(run)
+		return run, m.zero(run, gpa)
 	}
 	err = m.img.demand(ctx, chunk, want)
 	if err == nil && m.img.lacks(chunk, gpa/PageSize) {
@@ -214,9 +214,20 @@ func (m *Memory) serve(ctx context.Context, gpa uint64, want *need) (Range, erro
 	return run, err
 }
 
-// zero maps pages of zeros. They never enter the image: written through a hole
-// of it, each would take a page there and a private one.
-func (m *Memory) zero(run Range) error {
+// zero maps pages of zeros. But by Collapse, they never enter the image: written through a hole
+// of it, each would take a page there and a private one. gpa is the page that is wanted.
+func (m *Memory) zero(run Range, gpa uint64) error {
+	m.img.zeroing.RLock()
+	defer m.img.zeroing.RUnlock()
+	if m.img.present.get(gpa / PageSize) {
+		return nil
+	}
+	// What Collapse has filled is the image's.
+	lo, end := run.GPA/PageSize, m.img.present.next(gpa/PageSize, run.End()/PageSize, true)
+	for at := m.img.present.next(lo, gpa/PageSize, true); at < gpa/PageSize; at = m.img.present.next(lo, gpa/PageSize, true) {
+		lo = at + 1
+	}
+	run = Range{GPA: lo * PageSize, Len: (end - lo) * PageSize}
 	m.mu.RLock() // a page that is discarded between its mapping and own would seem resident
 	defer m.mu.RUnlock()
 	pages, err := m.lazy.fd.ZeroPage(m.host(run.GPA), uintptr(run.Len))

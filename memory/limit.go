@@ -34,7 +34,9 @@ func (img *Image) SetLimit(bytes uint64) {
 	if bytes > 0 {
 		bytes = max(bytes, MinLimit)
 	}
+	img.filling.Lock() // a Collapse under way is over then, and the next one knows
 	img.limit.Store(bytes)
+	img.filling.Unlock()
 	img.trim()
 }
 
@@ -54,13 +56,19 @@ func (img *Image) full() bool {
 // fails is tried again after the next fetch.
 func (img *Image) trim() {
 	limit := img.limit.Load()
-	if limit == 0 || img.shared() || img.eager.Load() > 0 || !img.trimming.TryLock() {
-		return
+	for progress := true; progress && limit > 0 && img.holds() > limit && !img.shared() && img.eager.Load() == 0; {
+		if !img.trimming.TryLock() {
+			return
+		}
+		before := img.evictedPages.Load()
+		img.cut(limit)
+		progress = img.evictedPages.Load() > before
+		img.trimming.Unlock() // who has come meanwhile, and gone on, may have brought too much
 	}
-	defer img.trimming.Unlock()
-	if img.holds() <= limit {
-		return
-	}
+}
+
+// cut drops pages until the image is well below the limit. The caller holds trimming.
+func (img *Image) cut(limit uint64) {
 	pm, err := pagemap.Open()
 	if err != nil {
 		return
@@ -156,7 +164,8 @@ func (m *Memory) addMapped(pm *pagemap.Map, pages bitmap) error {
 func (img *Image) evict(pm *pagemap.Map, v victim) error {
 	img.mapMu.Lock()
 	defer img.mapMu.Unlock()
-	if img.shared() || img.eager.Load() > 0 || img.pins(v.runs) {
+	ranges := img.evicted(v.runs)
+	if img.shared() || img.eager.Load() > 0 || img.pins(ranges) {
 		return nil
 	}
 	for _, m := range img.maps {
@@ -165,7 +174,7 @@ func (img *Image) evict(pm *pagemap.Map, v victim) error {
 		if m.closed {
 			continue
 		}
-		for _, r := range v.runs {
+		for _, r := range ranges {
 			regions, err := pm.Private(m.host(r.GPA), m.host(r.End()))
 			if err != nil {
 				return err
@@ -173,11 +182,7 @@ func (img *Image) evict(pm *pagemap.Map, v victim) error {
 			m.collect(nil, regions)
 		}
 	}
-	var held []Range
-	for _, r := range v.runs {
-		held = append(held, img.held(r)...)
-	}
-	if _, err := img.drop(held, &img.evicted); err != nil {
+	if _, err := img.drop(ranges, &img.evictedPages); err != nil {
 		return err
 	}
 	img.mu.Lock()
@@ -186,6 +191,24 @@ func (img *Image) evict(pm *pagemap.Map, v victim) error {
 		delete(img.ages, v.chunk)
 	}
 	return nil
+}
+
+// evicted are the pages that go with runs: those that are there, and whole huge pages, as a part of one can't be taken
+// from machines that may touch it meanwhile. The caller holds mapMu.
+func (img *Image) evicted(runs []Range) []Range {
+	ranges := img.inHuge(runs)
+	for _, r := range runs {
+		for _, h := range img.held(r) {
+			for gpa := h.GPA; gpa < h.End(); {
+				end := min(h.End(), gpa&^(hugePage-1)+hugePage)
+				if !img.huge.get(gpa / hugePage) {
+					ranges = appendRange(ranges, Range{GPA: gpa, Len: end - gpa})
+				}
+				gpa = end
+			}
+		}
+	}
+	return ranges
 }
 
 // pin keeps the chunks of the n bytes at gpa in the image, once they are there: an

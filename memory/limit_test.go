@@ -77,6 +77,7 @@ func TestLimitIsExact(t *testing.T) {
 			if s := m.Stats(); s.EvictedBytes == 0 || s.ReclaimedBytes != 0 {
 				t.Errorf("stats %+v", s)
 			}
+			await(func() bool { return img.Demands() == 0 }) // what comes behind the page that was waited for
 			if n := held(t, img); n > memory.MinLimit {
 				t.Errorf("the image holds %d bytes at rest", n)
 			}

@@ -26,6 +26,7 @@ func allocated(*os.File) (uint64, error)       { return 0, errUnsupported() }
 func punch(*os.File, Range) error              { return errUnsupported() }
 func (m *mapping) place(Range, *os.File) error { return errUnsupported() }
 func (m *mapping) advise(Range, bool) error    { return errUnsupported() }
+func (m *mapping) collapse(Range) error        { return errUnsupported() }
 func (m *mapping) discard(Range) error         { return errUnsupported() }
 func (m *mapping) deny(Range) error            { return errUnsupported() }
 func (m *mapping) base() uintptr               { return 0 }

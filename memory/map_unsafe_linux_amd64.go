@@ -11,10 +11,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// hugePage is the alignment of a mapping's base, so that the kernel can back
-// aligned guest memory with huge pages.
-const hugePage = 2 << 20
-
 // A mapping is a reservation of address space with RAM mapped into it.
 type mapping struct {
 	reserved unsafe.Pointer // what munmap gets
@@ -66,6 +62,11 @@ func (m *mapping) advise(r Range, huge bool) error {
 		return fmt.Errorf("memory: advise on huge pages: %w", err)
 	}
 	return nil
+}
+
+// collapse has the kernel (6.1 and later) move the file's pages of r, which is hugePage long, to a huge page, and map it.
+func (m *mapping) collapse(r Range) error {
+	return unix.Madvise(m.mem[r.GPA:r.End()], unix.MADV_COLLAPSE)
 }
 
 // discard drops the private pages of r. What is read there next is what lies

@@ -112,36 +112,54 @@ func (img *Image) drop(ranges []Range, count *atomic.Uint64) (freed uint64, err 
 	img.filling.Lock()
 	defer img.filling.Unlock()
 	for _, r := range ranges {
-		if err := img.forget(r); err != nil {
+		pages, err := img.take(r)
+		freed += pages * PageSize
+		count.Add(pages)
+		if err != nil {
 			return freed, err
 		}
-		if err := punch(img.file, r); err != nil {
-			return freed, err
-		}
-		freed += r.Len
-		count.Add(r.Len / PageSize)
 	}
 	return freed, nil
 }
 
-// forget has the chunks of r fetched again when the next page of them is missing.
-// Fetches under way don't make them complete any more.
-func (img *Image) forget(r Range) error {
+// take takes r out of the image, and says how many pages of it were there and are gone. The caller holds filling for writing.
+func (img *Image) take(r Range) (pages uint64, err error) {
+	if img.splits(r) {
+		if gone, err := img.punchHuge(r); !gone {
+			return 0, err
+		}
+		return img.forget(r)
+	}
+	pages, err = img.forget(r)
+	if err != nil {
+		return 0, err
+	}
+	if err := punch(img.file, r); err != nil {
+		return 0, err
+	}
+	img.huge.clear((r.GPA+hugePage-1)/hugePage, r.End()/hugePage)
+	return pages, nil
+}
+
+// forget has the chunks of r fetched again when the next page of them is missing, and says how many pages
+// were there. Fetches under way don't make them complete any more.
+func (img *Image) forget(r Range) (pages uint64, err error) {
 	img.mu.Lock()
 	defer img.mu.Unlock()
 	img.epoch++
 	for gpa := r.GPA; gpa < r.End(); {
 		run, chunk, err := img.lookup(gpa)
 		if err != nil {
-			return err
+			return 0, err
 		}
 		if chunk >= 0 {
 			img.done.clear(uint64(chunk), uint64(chunk)+1)
 		}
 		gpa = run.End()
 	}
-	img.pages.Add(-int64(img.present.clear(r.GPA/PageSize, r.End()/PageSize)))
-	return nil
+	gone := img.present.clear(r.GPA/PageSize, r.End()/PageSize)
+	img.pages.Add(-int64(gone))
+	return uint64(gone), nil
 }
 
 // join adds a Memory to those of which Reclaim must know.

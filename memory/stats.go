@@ -27,6 +27,8 @@ type Stats struct {
 	FoundBytes     uint64 // what another process had fetched by the time that this one wanted it
 	ReclaimedBytes uint64 // what Reclaim gave back
 	EvictedBytes   uint64 // what was dropped because of the limit of the image
+	HugeBytes      uint64 // what Collapse has moved to huge pages, as far as it is still there
+	FilledBytes    uint64 // pages of zeros that it took memory for
 }
 
 // Latency says how long things took: element i counts those that took less than
@@ -85,7 +87,9 @@ func (m *Memory) Stats() Stats {
 		s.DemandBytes = m.img.demandPages.Load() * PageSize
 		s.PrefetchBytes = m.img.aheadPages.Load() * PageSize
 		s.FoundBytes = m.img.found.Load() * PageSize
-		s.EvictedBytes = m.img.evicted.Load() * PageSize
+		s.EvictedBytes = m.img.evictedPages.Load() * PageSize
+		s.HugeBytes = m.img.huge.count() * hugePage
+		s.FilledBytes = m.img.filled.Load() * PageSize
 		s.ReclaimedBytes = m.img.reclaimed.Load() * PageSize
 	}
 	return s
