@@ -19,9 +19,18 @@ import (
 // maxKeyFile is the most that a file of identities or recipients may have, in bytes.
 const maxKeyFile = 1 << 20
 
+// openKeyFile opens what should be the name of a file of keys. If it is a key itself, no message repeats it.
+func openKeyFile(path string) (*os.File, error) {
+	if strings.HasPrefix(path, "AGE-") {
+		return nil, errors.New("a file that holds an identity is needed, not the identity itself: " +
+			"as an argument it can be seen by every process, so take it for known to others")
+	}
+	return os.Open(path)
+}
+
 // readPrivate reads a small file of secrets. It refuses one that others can read.
 func readPrivate(path string) ([]byte, error) {
-	f, err := os.Open(path)
+	f, err := openKeyFile(path)
 	if err != nil {
 		return nil, err
 	}

@@ -66,7 +66,7 @@ func (k *keyFlags) addRecipients(cmd *cobra.Command, otherwise string) {
 		"age recipient to encrypt to (age1..., of a plugin too, or an SSH public key); may be repeated"+otherwise)
 	cmd.Flags().StringArrayVarP(&k.recipientFiles, "recipients-file", "R", nil,
 		"file of recipients, one a line; may be repeated")
-	cmd.Flags().BoolVarP(&k.toPassphrase, "passphrase", "p", false,
+	cmd.Flags().BoolVarP(&k.toPassphrase, "new-passphrase", "p", false,
 		"encrypt to a passphrase, for which you are asked, and to nobody else")
 	cmd.Flags().StringVar(&k.newPassphraseFile, "new-passphrase-file", "",
 		"encrypt to the passphrase in a file, and to nobody else")

@@ -3,7 +3,6 @@ package main
 import (
 	"errors"
 	"fmt"
-	"os"
 	"strings"
 
 	"filippo.io/age"
@@ -40,7 +39,7 @@ func parseRecipient(s string, ui *plugin.ClientUI) (age.Recipient, error) {
 
 // readRecipients reads a file of recipients, one a line; lines that start with # are comments.
 func readRecipients(path string, ui *plugin.ClientUI) ([]age.Recipient, error) {
-	f, err := os.Open(path)
+	f, err := openKeyFile(path)
 	if err != nil {
 		return nil, err
 	}

@@ -35,7 +35,7 @@ manifest from somebody, copy the snapshot ('disk compact') and delete the old on
 SNAPSHOT is an id, the beginning of one, or the path of a manifest (*.cryo).`,
 		Example: `  cryovisor rekey 3f9a -i old.key -r age1...
   cryovisor rekey 3f9a 51c0 -r "$(cat ~/.ssh/id_ed25519.pub)" -R team.txt
-  cryovisor rekey 3f9a --passphrase`,
+  cryovisor rekey 3f9a --new-passphrase`,
 		Args: cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			to, err := keys.namedRecipients()
@@ -43,7 +43,7 @@ SNAPSHOT is an id, the beginning of one, or the path of a manifest (*.cryo).`,
 				return err
 			}
 			if len(to) == 0 {
-				return errors.New("say who is to open the snapshots from now on: --recipient, --recipients-file or --passphrase")
+				return errors.New("say who is to open the snapshots from now on: --recipient, --recipients-file or --new-passphrase")
 			}
 			ids, err := keys.identities()
 			if err != nil {
