@@ -269,7 +269,7 @@ func secretsOf(l *lab, id ID, owner pair, fileKey []byte) []string {
 	l.t.Helper()
 	var secrets []string
 	if fileKey != nil {
-		secrets = append(secrets, string(fileKey), hex.EncodeToString(fileKey), fmt.Sprint(fileKey),
+		secrets = append(secrets, string(fileKey), hex.EncodeToString(fileKey), fmt.Sprintf("%d", fileKey),
 			base64.StdEncoding.EncodeToString(fileKey), base64.RawStdEncoding.EncodeToString(fileKey))
 	}
 	r, err := l.Open(context.Background(), id, owner.identity)
