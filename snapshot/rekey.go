@@ -28,7 +28,8 @@ import (
 // in place; see [Store.Delete]. On Windows, it is not overwritten.
 //
 // At any instant the snapshot has one manifest, whole, the old or the new; after a crash, too. A
-// Reader that is open stays as it is. Rekey may be called while others open,
+// Reader that is open stays as it is; an OpenFrom that is just reading the old manifest
+// from this directory may report damage, and succeeds when it is tried again. Rekey may be called while others open,
 // write, delete, collect or rekey: it is as if they had come one after another.
 // While it replaces the manifest, it holds the lock that keeps Writers from
 // committing; not while identities and recipients, which may ask a human, are at work.

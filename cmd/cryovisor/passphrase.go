@@ -85,6 +85,7 @@ func askTerminal(prompt string) (string, error) {
 	defer term.Restore(int(in.Fd()), was) //nolint:errcheck // nothing can be done about it
 	s, err := term.NewTerminal(terminal{in, out}, "").ReadPassword(prompt)
 	if errors.Is(err, io.EOF) { // Ctrl-C, Ctrl-D
+		fmt.Fprint(out, "\r\n")
 		return "", errors.New("given up at the question for a passphrase")
 	}
 	return s, err
