@@ -216,10 +216,7 @@ func (k *keyFlags) passphraseRecipient() (age.Recipient, error) {
 	if err != nil {
 		return nil, err
 	}
-	switch {
-	case p == "":
-		return nil, errNoPassphrase
-	case p != again:
+	if p != again {
 		return nil, errors.New("the two passphrases differ")
 	}
 	return age.NewScryptRecipient(p)

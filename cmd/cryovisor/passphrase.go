@@ -12,10 +12,7 @@ import (
 	"golang.org/x/term"
 )
 
-var (
-	errNoPassphrase    = errors.New("a passphrase can't be empty")
-	errWrongPassphrase = errors.New("the passphrase is wrong")
-)
+var errWrongPassphrase = errors.New("the passphrase is wrong")
 
 // passphraseIdentity opens what is encrypted to a passphrase, for which it asks only then, and once.
 type passphraseIdentity struct {
@@ -38,9 +35,6 @@ func (p *passphraseIdentity) Unwrap(stanzas []*age.Stanza) ([]byte, error) {
 		if err != nil {
 			return nil, err
 		}
-		if s == "" {
-			return nil, errNoPassphrase
-		}
 		if p.asked, err = age.NewScryptIdentity(s); err != nil {
 			return nil, err
 		}
@@ -62,7 +56,7 @@ func readPassphrase(path string) (string, error) {
 	s := strings.TrimSuffix(strings.TrimSuffix(string(b), "\n"), "\r")
 	switch {
 	case s == "":
-		return "", fmt.Errorf("passphrase file %s: %w", path, errNoPassphrase)
+		return "", fmt.Errorf("passphrase file %s is empty", path)
 	case strings.ContainsAny(s, "\r\n"):
 		return "", fmt.Errorf("passphrase file %s has more than one line", path)
 	}
