@@ -78,7 +78,8 @@ func (f *unnamedFile) Replace(path string) error {
 		return errors.Join(err, os.Remove(temp))
 	}
 	f.done = true
-	return f.Close()
+	f.Close() // nothing is to be written any more: an error here would say that the name was not given
+	return nil
 }
 
 // link gives the file a name, which must not exist.
