@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
 	"path/filepath"
 
@@ -97,21 +96,18 @@ func (s *source) openReader(id ID, identities []age.Identity) (*Reader, error) {
 	}
 	defer f.Close()
 	defer f.release(f.ask(fileRange{0, f.Size()}))
-	r, err := newReader(s, f, id, identities)
+	m, err := readManifest(f, id, identities)
 	if err != nil {
 		return nil, fileError("open", s.path(manifestName(id)), err)
 	}
-	return r, nil
+	return s.reader(m.header, m.body, uint64(f.Size())), nil
 }
 
 // openManifest opens a manifest; that there is none is ErrNotFound.
 func (s *source) openManifest(id ID) (*sourceBlob, error) {
 	f, err := s.open(manifestName(id))
-	if errors.Is(err, fs.ErrNotExist) {
-		err = fmt.Errorf("snapshot %w: %w", ErrNotFound, err)
-	}
 	if err != nil {
-		return nil, fileError("open", s.path(manifestName(id)), err)
+		return nil, fileError("open", s.path(manifestName(id)), notFound(err))
 	}
 	return f, nil
 }

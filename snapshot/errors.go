@@ -22,6 +22,9 @@ var (
 	ErrCorrupt = errors.New("snapshot is damaged")
 	// ErrKey: none of the identities opens the snapshot.
 	ErrKey = errors.New("no identity opens this snapshot")
+	// ErrRecipients: nothing can be encrypted to these recipients, because age does not
+	// allow them together or because one of them (a plugin) failed.
+	ErrRecipients = errors.New("can't encrypt to these recipients")
 	// ErrNotFound: the store has no such snapshot, or the snapshot no such section.
 	ErrNotFound = errors.New("not found")
 	// ErrExists: the store already has a file of that name.
@@ -55,7 +58,7 @@ func (e *FileError) Unwrap() error { return e.Err }
 // key nor the caller.
 func (e *FileError) Temporary() bool {
 	for _, final := range []error{
-		ErrFormat, ErrVersion, ErrCorrupt, ErrKey, ErrNotFound, ErrExists, ErrInvalid, ErrClosed,
+		ErrFormat, ErrVersion, ErrCorrupt, ErrKey, ErrRecipients, ErrNotFound, ErrExists, ErrInvalid, ErrClosed,
 		fs.ErrNotExist, fs.ErrPermission, context.Canceled,
 	} {
 		if errors.Is(e.Err, final) {

@@ -46,6 +46,13 @@ func (f faultyFiles) SyncDir(dir string) error {
 	return f.fileSystem.SyncDir(dir)
 }
 
+func (f faultyFiles) Overwrite(file *os.File, from int64) error {
+	if err := f.step("overwrite"); err != nil {
+		return err
+	}
+	return f.fileSystem.Overwrite(file, from)
+}
+
 type faultyFile struct {
 	stagedFile
 	f faultyFiles
@@ -71,6 +78,13 @@ func (f *faultyFile) Publish(path string) error {
 		return err
 	}
 	return f.stagedFile.Publish(path)
+}
+
+func (f *faultyFile) Replace(path string) error {
+	if err := f.f.step("replace"); err != nil {
+		return err
+	}
+	return f.stagedFile.Replace(path)
 }
 
 // TestFaultAtEveryStep lets each step of writing a diff fail in turn. Each time

@@ -2,7 +2,6 @@ package snapshot
 
 import (
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -212,18 +211,7 @@ func (s *Store) shred(path string) error {
 		return err
 	}
 	defer f.Close()
-	fi, err := f.Stat()
-	if err != nil {
-		return err
-	}
-	noise := make([]byte, 64<<10)
-	for at := int64(0); at < fi.Size(); at += int64(len(noise)) {
-		_, _ = rand.Read(noise) // never fails, by its documentation
-		if _, err := f.WriteAt(noise[:min(int64(len(noise)), fi.Size()-at)], at); err != nil {
-			return err
-		}
-	}
-	if err := f.Sync(); err != nil {
+	if err := s.files.Overwrite(f, 0); err != nil {
 		return err
 	}
 	if err := f.Close(); err != nil {

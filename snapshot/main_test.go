@@ -14,9 +14,14 @@ import (
 
 	"filippo.io/age"
 	"go.uber.org/goleak"
+
+	"github.com/cryovisor/cryovisor/internal/testplugin"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	testplugin.Main()
+	goleak.VerifyTestMain(m)
+}
 
 // guest is a plain model of guest memory: the pages that are not zero.
 type guest struct {

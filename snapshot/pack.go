@@ -56,14 +56,19 @@ type packWriter struct {
 	offset uint64         // of the next chunk in the plaintext
 }
 
+// countingWriter counts bytes, and keeps the error that writing failed with.
 type countingWriter struct {
-	w io.Writer
-	n uint64
+	w   io.Writer
+	n   uint64
+	err error
 }
 
 func (c *countingWriter) Write(p []byte) (int, error) {
 	n, err := c.w.Write(p)
 	c.n += uint64(n)
+	if err != nil {
+		c.err = err
+	}
 	return n, err
 }
 

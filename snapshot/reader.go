@@ -35,29 +35,6 @@ type Reader struct {
 // largest chunk.
 type fetchBuffers struct{ stored, plain []byte }
 
-// newReader reads, decrypts and checks the manifest in f.
-func newReader(s *source, f *sourceBlob, id ID, identities []age.Identity) (*Reader, error) {
-	h, raw, err := readHeader(f)
-	if err != nil {
-		return nil, err
-	}
-	if h.ID != id {
-		return nil, parseError(ErrCorrupt, "header", 20, "is that of snapshot %v", h.ID)
-	}
-	plain, err := decryptBody(f, int64(len(raw)), f.Size(), identities)
-	if err != nil {
-		return nil, err
-	}
-	b, err := parseBody(plain)
-	if err != nil {
-		return nil, err
-	}
-	if err := b.checkHeader(h, raw); err != nil {
-		return nil, err
-	}
-	return s.reader(h, b, uint64(f.Size())), nil
-}
-
 // reader makes a Reader of a header and a body that belong together. size is that of the manifest.
 func (s *source) reader(h *Header, b *body, size uint64) *Reader {
 	r := &Reader{source: s, header: h, body: b, size: size}

@@ -1,6 +1,7 @@
 package snapshot
 
 import (
+	"crypto/rand"
 	"errors"
 	"io"
 	"io/fs"
@@ -15,16 +16,20 @@ type stagedFile interface {
 	Sync() error
 	// Publish gives the file its final name, which must not exist, and closes it.
 	Publish(path string) error
+	// Replace gives the file the name of another, which loses it in the same instant, and closes it.
+	Replace(path string) error
 	// Discard removes the file, unless it was published, and closes it. It may
 	// be called again.
 	Discard() error
 }
 
-// fileSystem is what a Writer needs of a file system; the tests put faults in.
+// fileSystem is what writing and rekeying need of a file system; the tests put faults in.
 type fileSystem interface {
 	Stage(dir string) (stagedFile, error)
 	SyncDir(dir string) error
 	Remove(path string) error
+	// Overwrite puts noise over all bytes of a file from an offset on, and syncs it.
+	Overwrite(f *os.File, from int64) error
 }
 
 const (
@@ -53,6 +58,21 @@ func (osFiles) Stage(dir string) (stagedFile, error) {
 func (osFiles) SyncDir(dir string) error { return syncDir(dir) }
 func (osFiles) Remove(path string) error { return os.Remove(path) }
 
+func (osFiles) Overwrite(f *os.File, from int64) error {
+	fi, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	noise := make([]byte, 64<<10)
+	for at := from; at < fi.Size(); at += int64(len(noise)) {
+		_, _ = rand.Read(noise) // never fails, by its documentation
+		if _, err := f.WriteAt(noise[:min(int64(len(noise)), fi.Size()-at)], at); err != nil {
+			return err
+		}
+	}
+	return f.Sync()
+}
+
 // namedFile is a stagedFile under a temporary name, for where the operating
 // system or the file system has no unnamed files.
 type namedFile struct {
@@ -76,6 +96,17 @@ func (f *namedFile) Publish(path string) error {
 	if _, err := os.Lstat(path); err == nil {
 		return &fs.PathError{Op: "publish", Path: path, Err: ErrExists}
 	}
+	return f.rename(path)
+}
+
+func (f *namedFile) Replace(path string) error {
+	if f.done {
+		return ErrClosed
+	}
+	return f.rename(path)
+}
+
+func (f *namedFile) rename(path string) error {
 	// Windows renames only what is closed.
 	if err := f.Close(); err != nil {
 		return err

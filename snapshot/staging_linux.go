@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 
 	"golang.org/x/sys/unix"
 )
@@ -57,6 +58,32 @@ func (f *unnamedFile) Publish(path string) error {
 	if f.done {
 		return ErrClosed
 	}
+	if err := f.link(path); err != nil {
+		return err
+	}
+	f.done = true
+	return f.Close()
+}
+
+// Replace needs a name in between, as link(2) replaces nothing.
+func (f *unnamedFile) Replace(path string) error {
+	if f.done {
+		return ErrClosed
+	}
+	temp := filepath.Join(filepath.Dir(path), tempPrefix+NewID().String())
+	if err := f.link(temp); err != nil {
+		return err
+	}
+	if err := os.Rename(temp, path); err != nil {
+		return errors.Join(err, os.Remove(temp))
+	}
+	f.done = true
+	f.Close() // nothing is to be written any more: an error here would say that the name was not given
+	return nil
+}
+
+// link gives the file a name, which must not exist.
+func (f *unnamedFile) link(path string) error {
 	err := unix.Linkat(unix.AT_FDCWD, f.procPath(), unix.AT_FDCWD, path, unix.AT_SYMLINK_FOLLOW)
 	if errors.Is(err, unix.EEXIST) {
 		err = fmt.Errorf("%w: %w", ErrExists, err)
@@ -64,8 +91,7 @@ func (f *unnamedFile) Publish(path string) error {
 	if err != nil {
 		return &fs.PathError{Op: "publish", Path: path, Err: err}
 	}
-	f.done = true
-	return f.Close()
+	return nil
 }
 
 func (f *unnamedFile) Discard() error {

@@ -38,7 +38,9 @@ const MaxChunkSize = maxChunkPages * PageSize
 
 // Options say how a snapshot is written.
 type Options struct {
-	// Recipients are who can open the snapshot; at least one.
+	// Recipients are who can open the snapshot; at least one. Those that age does not
+	// take together are ErrRecipients: from Create if that can be told without
+	// asking a plugin, else from Commit, when they are used.
 	Recipients []age.Recipient
 	// Parent, if not nil, makes the snapshot a diff: what Write does not
 	// write is as it is in the parent, which must be in the same store. It may
@@ -138,8 +140,8 @@ func (s *Store) Create(ctx context.Context, opts Options) (*Writer, error) {
 
 // complete checks the options and fills in the defaults.
 func (o *Options) complete() error {
-	if len(o.Recipients) == 0 {
-		return fmt.Errorf("%w: a snapshot needs at least one recipient", ErrInvalid)
+	if err := checkRecipients(o.Recipients); err != nil {
+		return err
 	}
 	o.Recipients = slices.Clone(o.Recipients)
 	if o.Workers <= 0 {
@@ -312,33 +314,9 @@ func (w *Writer) stageManifest(h *Header, t *bodyTables) (stagedFile, error) {
 	}
 	raw := h.marshal()
 	t.digest = [sha256.Size]byte(headerDigest(raw))
-	f, err := w.store.files.Stage(w.store.manifests())
-	if err != nil {
-		return nil, err
-	}
-	if err := w.writeManifest(f, raw, t); err != nil {
-		return nil, errors.Join(err, f.Discard())
-	}
-	return f, nil
-}
-
-func (w *Writer) writeManifest(f stagedFile, header []byte, t *bodyTables) error {
-	sink := &countingWriter{w: f}
-	if _, err := sink.Write(header); err != nil {
-		return err
-	}
-	sealer, err := age.Encrypt(sink, w.opts.Recipients...)
-	if err != nil {
-		return err
-	}
-	if _, err := sealer.Write(t.marshal()); err != nil {
-		return err
-	}
-	if err := sealer.Close(); err != nil {
-		return err
-	}
-	w.info.StoredBytes = sink.n
-	return f.Sync()
+	f, size, err := w.store.stageManifest(raw, t.marshal(), w.opts.Recipients)
+	w.info.StoredBytes = size
+	return f, err
 }
 
 // publish gives the packs and then the manifest their names. The lock keeps

@@ -160,7 +160,7 @@ func demoDir(dir string) (string, func() error, error) {
 	}
 	id, err := age.GenerateX25519Identity()
 	if err == nil {
-		err = writeIdentity(path, id)
+		err = writeIdentity(path, id, id.Recipient())
 	}
 	return dir, keep, err
 }

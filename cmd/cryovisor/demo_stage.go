@@ -128,14 +128,14 @@ func runStage(ctx context.Context, in stageInput) (out *stageOutput, err error) 
 }
 
 func (s *stage) prepare() error {
-	keys := keyFlags{identity: filepath.Join(s.in.Dir, demoIdentity)}
-	ids, err := keys.identities()
+	keys := keyFlags{identityFiles: []string{filepath.Join(s.in.Dir, demoIdentity)}}
+	ids, err := keys.fileIdentities()
 	if err != nil {
 		return err
 	}
 	var ok bool
 	if s.key, ok = ids[0].(*age.X25519Identity); !ok {
-		return fmt.Errorf("%s holds no X25519 identity", keys.identity)
+		return fmt.Errorf("%s holds no X25519 identity", keys.identityFiles[0])
 	}
 	if s.store, err = snapshot.OpenStore(filepath.Join(s.in.Dir, "store")); err != nil {
 		return err

@@ -277,7 +277,6 @@ func chooseDisk(r *snapshot.Reader, name string) (string, error) {
 
 func newDiskCompactCommand() *cobra.Command {
 	var source diskSource
-	var keys keyFlags
 	cmd := &cobra.Command{
 		Use:   "compact SNAPSHOT",
 		Short: "Copy a snapshot so that it depends on no other",
@@ -286,8 +285,7 @@ for all of its history and needs none of its ancestors. Images under the disks s
 there. The id of the copy is printed; the snapshot stays too.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			keys.identity = source.keys.identity
-			to, err := keys.encryptTo()
+			to, err := source.keys.encryptTo()
 			if err != nil {
 				return err
 			}
@@ -309,6 +307,6 @@ there. The id of the copy is printed; the snapshot stays too.`,
 		},
 	}
 	source.add(cmd)
-	keys.addRecipients(cmd)
+	source.keys.addRecipients(cmd, orOwn)
 	return cmd
 }

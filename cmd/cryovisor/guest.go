@@ -35,7 +35,7 @@ type guestFlags struct {
 func (g *guestFlags) add(cmd *cobra.Command) {
 	g.store.add(cmd)
 	g.keys.addIdentity(cmd)
-	g.keys.addRecipients(cmd)
+	g.keys.addRecipients(cmd, orOwn)
 }
 
 // foreground runs a machine whose console is the terminal until the guest ends,

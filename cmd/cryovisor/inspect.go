@@ -95,13 +95,13 @@ func inspect(cmd *cobra.Command, s *snapshot.Store, id snapshot.ID, keys *keyFla
 	report := &inspection{Entry: entry}
 	ids, err := keys.identities()
 	if err != nil {
-		if keys.identity != "" {
+		if len(keys.identityFiles) > 0 {
 			return nil, err
 		}
 		return report, nil
 	}
 	r, err := s.Open(cmd.Context(), id, ids...)
-	if errors.Is(err, snapshot.ErrKey) && keys.identity == "" {
+	if errors.Is(err, snapshot.ErrKey) && len(keys.identityFiles) == 0 {
 		return report, nil
 	}
 	if err != nil {

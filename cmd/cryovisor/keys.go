@@ -7,15 +7,18 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"runtime"
-	"strings"
-	"time"
 
 	"filippo.io/age"
+	"filippo.io/age/plugin"
 	"github.com/spf13/cobra"
+
+	"github.com/cryovisor/cryovisor/snapshot"
 )
 
-const identityEnv = "CRYOVISOR_IDENTITY"
+const (
+	identityEnv   = "CRYOVISOR_IDENTITY"
+	passphraseEnv = "CRYOVISOR_PASSPHRASE_FILE"
+)
 
 // defaultIdentityPath is where keygen writes and the other verbs look.
 func defaultIdentityPath() (string, error) {
@@ -29,139 +32,192 @@ func defaultIdentityPath() (string, error) {
 	return filepath.Join(dir, "cryovisor", "identity.txt"), nil
 }
 
-func newKeygenCommand() *cobra.Command {
-	var output string
-	cmd := &cobra.Command{
-		Use:   "keygen",
-		Short: "Make the key that snapshots are encrypted to",
-		Long: `Make an age X25519 identity, which opens snapshots, and print its recipient,
-to which snapshots are encrypted.
-
-The identity is written to a file that only you can read; it is an ordinary
-age identity file, and age-keygen makes the same. Keep a copy: without
-it no snapshot can be opened. Existing files are never overwritten.`,
-		Example: "  cryovisor keygen\n  cryovisor keygen -o sandbox.key",
-		Args:    cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			return keygen(cmd, output)
-		},
-	}
-	cmd.Flags().StringVarP(&output, "output", "o", "",
-		"file to write (default $"+identityEnv+", else cryovisor/identity.txt in your configuration directory)")
-	return cmd
-}
-
-func keygen(cmd *cobra.Command, path string) error {
-	if path == "" {
-		p, err := defaultIdentityPath()
-		if err != nil {
-			return err
-		}
-		path = p
-	}
-	id, err := age.GenerateX25519Identity()
-	if err != nil {
-		return err
-	}
-	if err := writeIdentity(path, id); err != nil {
-		return err
-	}
-	fmt.Fprintf(cmd.ErrOrStderr(), "identity written to %s\n", path)
-	fmt.Fprintln(cmd.OutOrStdout(), id.Recipient())
-	return nil
-}
-
-func writeIdentity(path string, id *age.X25519Identity) error {
-	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-		return err
-	}
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if errors.Is(err, fs.ErrExist) {
-		return fmt.Errorf("%w; a key that snapshots depend on is never overwritten: choose another file with --output", err)
-	}
-	if err != nil {
-		return err
-	}
-	_, err = fmt.Fprintf(f, "# created: %s\n# public key: %s\n%s\n",
-		time.Now().UTC().Format(time.RFC3339), id.Recipient(), id)
-	return errors.Join(err, f.Sync(), f.Close())
-}
-
-// keyFlags are the flags of verbs that open or write snapshots.
+// keyFlags are the flags of verbs that open or write snapshots. All secrets come from files that only the user
+// can read, or from the terminal: never from arguments, which every process can see, or from the environment, which children inherit.
 type keyFlags struct {
-	identity   string
-	recipients []string
+	identityFiles  []string
+	passphraseFile string // of what is opened
+
+	recipients        []string
+	recipientFiles    []string
+	toPassphrase      bool
+	newPassphraseFile string // of what is written
+
+	ask    func(prompt string) (string, error) // nil: on the terminal
+	stderr func() io.Writer                    // nil: os.Stderr
+
+	// What was read and asked for: nobody is asked twice.
+	opened    []age.Identity
+	encrypted []age.Recipient
 }
 
 func (k *keyFlags) addIdentity(cmd *cobra.Command) {
-	cmd.Flags().StringVarP(&k.identity, "identity", "i", "",
-		"age identity file (default $"+identityEnv+", else cryovisor/identity.txt in your configuration directory)")
+	k.stderr = cmd.ErrOrStderr
+	cmd.Flags().StringArrayVarP(&k.identityFiles, "identity", "i", nil,
+		"file of age identities, perhaps encrypted with a passphrase, or SSH private key; may be repeated\n(default $"+identityEnv+
+			", else cryovisor/identity.txt in your configuration directory)")
+	cmd.Flags().StringVar(&k.passphraseFile, "passphrase-file", "",
+		"file that holds the passphrase of the snapshot or of the identity file\n(default $"+passphraseEnv+", else you are asked)")
 }
 
-func (k *keyFlags) addRecipients(cmd *cobra.Command) {
+func (k *keyFlags) addRecipients(cmd *cobra.Command, otherwise string) {
+	k.stderr = cmd.ErrOrStderr
 	cmd.Flags().StringArrayVarP(&k.recipients, "recipient", "r", nil,
-		"age recipient to encrypt to; may be repeated (default: the recipients of the identity file)")
+		"age recipient to encrypt to (age1..., of a plugin too, or an SSH public key); may be repeated"+otherwise)
+	cmd.Flags().StringArrayVarP(&k.recipientFiles, "recipients-file", "R", nil,
+		"file of recipients, one a line; may be repeated")
+	cmd.Flags().BoolVarP(&k.toPassphrase, "new-passphrase", "p", false,
+		"encrypt to a passphrase, for which you are asked, and to nobody else")
+	cmd.Flags().StringVar(&k.newPassphraseFile, "new-passphrase-file", "",
+		"encrypt to the passphrase in a file, and to nobody else")
 }
 
-// identities reads the identity file. It refuses one that others can read.
+// orOwn is the default of addRecipients for verbs that write what encryptTo says.
+const orOwn = " (default: the\nrecipients of the identity files)"
+
+// identities are those of the identity files, and whoever knows the passphrase of a snapshot that has one.
 func (k *keyFlags) identities() ([]age.Identity, error) {
-	path := k.identity
-	if path == "" {
+	ids, err := k.fileIdentities()
+	lazy := &passphraseIdentity{passphrase: func() (string, error) { return k.passphrase("the snapshot") }}
+	if errors.Is(err, fs.ErrNotExist) && len(k.identityFiles) == 0 {
+		lazy.otherwise, err = err, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	return append(ids[:len(ids):len(ids)], lazy), nil
+}
+
+// fileIdentities reads the identity files, once.
+func (k *keyFlags) fileIdentities() ([]age.Identity, error) {
+	if k.opened != nil {
+		return k.opened, nil
+	}
+	files := k.identityFiles
+	if len(files) == 0 {
 		p, err := defaultIdentityPath()
 		if err != nil {
 			return nil, err
 		}
-		path = p
+		files = []string{p}
 	}
-	f, err := os.Open(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("no identity file: %w; make one with 'cryovisor keygen' or name one with --identity", err)
-	}
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	if err := checkPrivate(f); err != nil {
-		return nil, err
-	}
-	ids, err := age.ParseIdentities(io.LimitReader(f, 1<<20))
-	if err != nil {
-		return nil, fmt.Errorf("identity file %s: %w", path, err)
-	}
-	return ids, nil
-}
-
-func checkPrivate(f *os.File) error {
-	fi, err := f.Stat()
-	if err != nil {
-		return err
-	}
-	if runtime.GOOS != "windows" && fi.Mode().IsRegular() && fi.Mode().Perm()&0o077 != 0 {
-		return fmt.Errorf("identity file %s can be read by others (mode %v); run 'chmod 600' on it", f.Name(), fi.Mode().Perm())
-	}
-	return nil
-}
-
-// encryptTo returns the recipients named by flags, or those of the identity
-// file.
-func (k *keyFlags) encryptTo() ([]age.Recipient, error) {
-	if len(k.recipients) > 0 {
-		return age.ParseRecipients(strings.NewReader(strings.Join(k.recipients, "\n")))
-	}
-	ids, err := k.identities()
-	if err != nil {
-		return nil, err
-	}
-	var out []age.Recipient
-	for _, id := range ids {
-		switch id := id.(type) {
-		case *age.X25519Identity:
-			out = append(out, id.Recipient())
-		case *age.HybridIdentity:
-			out = append(out, id.Recipient())
-		default:
-			return nil, fmt.Errorf("the identity file holds a key (%T) whose recipient can't be derived; name it with --recipient", id)
+	var all []age.Identity
+	for _, path := range files {
+		b, err := readPrivate(path)
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil, fmt.Errorf("no identity file: %w; make one with 'cryovisor keygen' or name one with --identity", err)
 		}
+		if err != nil {
+			return nil, err
+		}
+		ids, err := k.parseIdentities(b, path)
+		if err != nil {
+			return nil, fmt.Errorf("identity file %s: %w", path, err)
+		}
+		all = append(all, ids...)
 	}
-	return out, nil
+	k.opened = all
+	return all, nil
+}
+
+// passphrase is that of what is opened.
+func (k *keyFlags) passphrase(of string) (string, error) {
+	path := k.passphraseFile
+	if path == "" {
+		path = os.Getenv(passphraseEnv)
+	}
+	if path != "" {
+		return readPassphrase(path)
+	}
+	return k.askFor("Passphrase of " + of + ": ")
+}
+
+func (k *keyFlags) askFor(prompt string) (string, error) {
+	if k.ask != nil {
+		return k.ask(prompt)
+	}
+	return askTerminal(prompt)
+}
+
+// say tells the user something, on a line of its own.
+func (k *keyFlags) say(format string, args ...any) {
+	var w io.Writer = os.Stderr
+	if k.stderr != nil {
+		w = k.stderr()
+	}
+	fmt.Fprintf(w, "cryovisor: "+format+"\n", args...)
+}
+
+// pluginUI is how plugins talk to the user.
+func (k *keyFlags) pluginUI() *plugin.ClientUI { return plugin.NewTerminalUI(k.say, k.say) }
+
+// encryptTo returns the recipients named by flags, or those of the identity files.
+func (k *keyFlags) encryptTo() ([]age.Recipient, error) {
+	to, err := k.namedRecipients()
+	if err != nil || len(to) > 0 {
+		return to, err
+	}
+	ids, err := k.fileIdentities()
+	if err != nil {
+		return nil, err
+	}
+	return recipientsOf(ids)
+}
+
+// namedRecipients are those named by flags, perhaps none. They are read and asked for once.
+func (k *keyFlags) namedRecipients() ([]age.Recipient, error) {
+	if k.encrypted != nil {
+		return k.encrypted, nil
+	}
+	if k.toPassphrase || k.newPassphraseFile != "" {
+		if len(k.recipients)+len(k.recipientFiles) > 0 {
+			return nil, fmt.Errorf("%w: a passphrase must be the only recipient", snapshot.ErrRecipients)
+		}
+		to, err := k.passphraseRecipient()
+		if err != nil {
+			return nil, err
+		}
+		k.encrypted = []age.Recipient{to}
+		return k.encrypted, nil
+	}
+	var all []age.Recipient
+	for i, s := range k.recipients {
+		r, err := parseRecipient(s, k.pluginUI())
+		if err != nil {
+			return nil, fmt.Errorf("recipient %d of the --recipient flags: %w", i+1, err)
+		}
+		all = append(all, r)
+	}
+	for _, path := range k.recipientFiles {
+		to, err := readRecipients(path, k.pluginUI())
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, to...)
+	}
+	k.encrypted = all
+	return all, nil
+}
+
+// passphraseRecipient is a new passphrase, which a human must type twice.
+func (k *keyFlags) passphraseRecipient() (age.Recipient, error) {
+	if k.newPassphraseFile != "" {
+		p, err := readPassphrase(k.newPassphraseFile)
+		if err != nil {
+			return nil, err
+		}
+		return age.NewScryptRecipient(p)
+	}
+	p, err := k.askFor("New passphrase: ")
+	if err != nil {
+		return nil, err
+	}
+	again, err := k.askFor("The same again: ")
+	if err != nil {
+		return nil, err
+	}
+	if p != again {
+		return nil, errors.New("the two passphrases differ")
+	}
+	return age.NewScryptRecipient(p)
 }

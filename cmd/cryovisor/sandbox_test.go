@@ -26,30 +26,6 @@ import (
 	"github.com/cryovisor/cryovisor/vmm"
 )
 
-// command runs a verb, and returns what it prints to standard output.
-func command(t *testing.T, args ...string) (string, error) {
-	t.Helper()
-	var out, failed bytes.Buffer
-	cmd := newRootCommand()
-	cmd.SetArgs(args)
-	cmd.SetOut(&out)
-	cmd.SetErr(&failed)
-	err := cmd.ExecuteContext(t.Context())
-	if failed.Len() > 0 {
-		t.Logf("%v: %s", args, failed.String())
-	}
-	return out.String(), err
-}
-
-func succeed(t *testing.T, args ...string) string {
-	t.Helper()
-	out, err := command(t, args...)
-	if err != nil {
-		t.Fatalf("%v: %v", args, err)
-	}
-	return out
-}
-
 // serveIn runs 'serve' on a directory, with more flags, until end is called or the test is over, and has the verbs talk to it.
 func serveIn(t *testing.T, dir string, flags ...string) (out string, end func()) {
 	t.Helper()
