@@ -4,6 +4,7 @@ package bench
 
 import (
 	"context"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -11,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cryovisor/cryovisor/internal/testvm"
+	"github.com/cryovisor/cryovisor/lifecycle"
 	"github.com/cryovisor/cryovisor/memory"
 	"github.com/cryovisor/cryovisor/snapshot"
 	"github.com/cryovisor/cryovisor/vmm"
@@ -21,21 +23,32 @@ import (
 // its work on missing memory (first-sign-ms). Use -benchtime 100x or more for p99-ms to mean something.
 func BenchmarkResume(b *testing.B) {
 	for _, ram := range []uint64{1 << 30, 4 << 30, 16 << 30, 64 << 30} {
-		b.Run("lazy/"+gib(ram), func(b *testing.B) { benchResume(b, ram, false) })
+		b.Run("lazy/"+gib(ram), func(b *testing.B) { benchResume(b, ram, lifecycle.ResumeOptions{}, 0) })
+		b.Run("pooled/"+gib(ram), func(b *testing.B) { benchResume(b, ram, lifecycle.ResumeOptions{}, 2) })
 	}
 	for _, ram := range sizes {
-		b.Run("eager/"+gib(ram), func(b *testing.B) { benchResume(b, ram, true) })
+		b.Run("eager/"+gib(ram), func(b *testing.B) { benchResume(b, ram, lifecycle.ResumeOptions{Eager: true}, 0) })
 	}
 }
 
-func benchResume(b *testing.B, ram uint64, eager bool) {
+// benchResume resumes in VMs that are made now, or in those of a pool, which is full each time.
+func benchResume(b *testing.B, ram uint64, opts lifecycle.ResumeOptions, pool int) {
 	r, id := paused(b, ram)
+	if pool > 0 {
+		var err error
+		opts.Pool, err = lifecycle.NewPool(ram, pool)
+		r.must(err)
+		defer func() { r.must(opts.Pool.Close()) }()
+	}
 	var insn, sign []time.Duration
 	for b.Loop() {
-		m, e, s := r.resume(id, eager)
+		m, e, s := r.resumeWith(id, opts)
 		insn, sign = append(insn, e), append(sign, s)
 		b.StopTimer()
 		r.must(m.Close())
+		for pool > 0 && opts.Pool.Ready() < pool {
+			runtime.Gosched()
+		}
 		b.StartTimer()
 	}
 	b.ReportMetric(percentile(insn, 0.5), "first-insn-ms")

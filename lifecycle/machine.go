@@ -101,6 +101,9 @@ type ResumeOptions struct {
 	// the host's, where it is dense, once it is there: a guest then touches it for the first time at a fraction of
 	// the cost. See memory.Memory.Collapse for the price.
 	SmallPages bool
+	// Pool, if not nil, has VMs that were made in advance. One is used if the pool is of the size of the machine's memory and has one
+	// ready; otherwise one is made now.
+	Pool *Pool
 	// Progress, if not nil, is told how many bytes of guest memory, of those that
 	// the snapshot has, an eager resume has loaded. It is called from several
 	// goroutines.
@@ -117,7 +120,7 @@ type ResumeOptions struct {
 // what it was.
 func Resume(ctx context.Context, store *snapshot.Store, id snapshot.ID, opts ResumeOptions) (*Machine, error) {
 	// The kernel takes as long to make a VM as it takes to open the snapshot, which it does not depend on.
-	shell := makeShell()
+	shell := opts.Pool.take()
 	defer shell.close()
 	t, err := Open(ctx, store, id, opts.Identities...)
 	if err != nil {
@@ -140,10 +143,16 @@ func (m *Machine) resume(ctx context.Context, made *pendingShell, opts ResumeOpt
 	if err != nil {
 		return err
 	}
+	if place := shell.Reservation(); place != nil && place.Size() != state.Machine.MemoryBytes {
+		made.put()
+		if shell, err = made.wait(); err != nil {
+			return err
+		}
+	}
 	if err := shell.CheckHost(state, opts.Hardware); err != nil {
 		return err
 	}
-	mapping := memory.MapOptions{Eager: opts.Eager}
+	mapping := memory.MapOptions{Eager: opts.Eager, Reservation: shell.Reservation()}
 	if opts.Progress != nil {
 		total := m.origin.Header().PagesMapped * memory.PageSize
 		mapping.Progress = func(bytes uint64) { opts.Progress(bytes, total) }

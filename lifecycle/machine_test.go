@@ -31,6 +31,7 @@ type guest struct {
 	store   *snapshot.Store
 	key     *age.X25519Identity
 	disks   lifecycle.Disks
+	pool    *lifecycle.Pool // for resume; may be nil
 	reports atomic.Int64
 }
 
@@ -125,7 +126,7 @@ func (g *guest) pause(t *testing.T, m *lifecycle.Machine) lifecycle.Paused {
 func (g *guest) resume(t *testing.T, id snapshot.ID, eager bool, limit uint64) *lifecycle.Machine {
 	t.Helper()
 	m, err := lifecycle.Resume(t.Context(), g.store, id, lifecycle.ResumeOptions{
-		Identities: []age.Identity{g.key}, Hardware: g.hardware(limit), Disks: g.disks, Eager: eager,
+		Identities: []age.Identity{g.key}, Hardware: g.hardware(limit), Disks: g.disks, Eager: eager, Pool: g.pool,
 	})
 	if errors.Is(err, vmm.ErrNoUserfaultfd) {
 		t.Skip(err)
@@ -227,6 +228,7 @@ func TestHighMemory(t *testing.T) {
 	checkLeaks(t)
 	g.content = sparse{g.content}
 	g.model = testvm.NewModel(g.worker, g.content)
+	g.pool = newPool(t, 5<<30, 1)
 	m := g.boot(t, testvm.NoLimit)
 	for range 2 {
 		g.work(t, m, 100)

@@ -109,7 +109,7 @@ func (t *Template) reclaim(ctx context.Context) {
 // Resume makes a machine of the template, as the function Resume does. Options.Identities are not looked at. Each machine is a clone:
 // its kernel, if it knows generation IDs, makes random numbers of its own.
 func (t *Template) Resume(ctx context.Context, opts ResumeOptions) (*Machine, error) {
-	shell := makeShell()
+	shell := opts.Pool.take()
 	defer shell.close()
 	return t.resume(ctx, shell, opts)
 }

@@ -39,6 +39,10 @@ type MapOptions struct {
 	// mapping fetches the rest. It is called from several goroutines.
 	Progress func(bytes uint64)
 
+	// Reservation, if not nil, is where the memory is to lie. Map uses it up, whatever it returns; it must
+	// be of the image's size.
+	Reservation *Reservation
+
 	// Handlers is the number of goroutines that wait for page faults. 0 means 2.
 	Handlers int
 }
@@ -70,7 +74,7 @@ func openUffd() (*uffd.FD, error) {
 // bounds Map, not the memory. The memory keeps the image alive.
 func (img *Image) Map(ctx context.Context, opts MapOptions) (*Memory, error) {
 	if err := img.acquire(); err != nil {
-		return nil, err
+		return nil, errors.Join(err, opts.Reservation.Close())
 	}
 	m, err := img.build(ctx, opts)
 	if err != nil {
@@ -80,11 +84,19 @@ func (img *Image) Map(ctx context.Context, opts MapOptions) (*Memory, error) {
 }
 
 func (img *Image) build(ctx context.Context, opts MapOptions) (*Memory, error) {
-	m, err := newMemory(img.size)
-	if err != nil {
-		return nil, err
+	place := opts.Reservation
+	if place == nil {
+		var err error
+		if place, err = Reserve(img.size); err != nil {
+			return nil, err
+		}
 	}
+	if place.size != img.size {
+		return nil, errors.Join(&SizeError{Size: place.size}, place.Close())
+	}
+	m := place.memory()
 	m.img = img
+	var err error
 	if !opts.Eager {
 		m.lazy, err = newLazy(span(img.size))
 	}

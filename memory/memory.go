@@ -49,10 +49,11 @@ type Memory struct {
 // is the caller's question. The error is a *[SizeError], or wraps the system's,
 // or [errors.ErrUnsupported] where there is no guest memory at all.
 func New(size uint64, opts Options) (*Memory, error) {
-	m, err := newMemory(size)
+	place, err := Reserve(size)
 	if err != nil {
 		return nil, err
 	}
+	m := place.memory()
 	for _, r := range m.ranges {
 		err := m.mm.place(r, nil)
 		if err == nil {
@@ -63,18 +64,6 @@ func New(size uint64, opts Options) (*Memory, error) {
 		}
 	}
 	return m, nil
-}
-
-// newMemory is a Memory whose address space is reserved and empty.
-func newMemory(size uint64) (*Memory, error) {
-	if err := checkSize(size); err != nil {
-		return nil, err
-	}
-	mm, err := reserve(span(size))
-	if err != nil {
-		return nil, err
-	}
-	return &Memory{size: size, ranges: Layout(size), mm: mm, failed: make(chan struct{})}, nil
 }
 
 func checkSize(size uint64) error {

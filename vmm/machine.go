@@ -101,18 +101,22 @@ func newVM(shell *Shell, mem *memory.Memory, vcpus int, hw Hardware, devices []p
 	vm := &VM{sys: shell.sys, kvm: shell.kvm, mem: mem, hw: hw, ended: make(chan struct{})}
 	shell.sys, shell.kvm = nil, nil
 	vm.life, vm.quit = context.WithCancel(context.Background())
-	if err := vm.build(vcpus, devices); err != nil {
+	// Memory comes before what registers I/O ports with KVM: after that, Linux 6.18 and later make a change of slots wait for
+	// two ticks of the host's clock, 8 ms at 250 Hz.
+	var err error
+	if shell.place == nil {
+		err = vm.setSlots(0)
+	}
+	if err == nil {
+		err = vm.build(vcpus, devices)
+	}
+	if err != nil {
 		return nil, errors.Join(err, vm.release())
 	}
 	return vm, nil
 }
 
 func (vm *VM) build(vcpus int, devices []place) error {
-	// Memory comes before what registers I/O ports with KVM: after that, Linux 6.18 and later make a change of slots wait for
-	// two ticks of the host's clock, 8 ms at 250 Hz.
-	if err := vm.setSlots(0); err != nil {
-		return err
-	}
 	if err := vm.createKernelDevices(); err != nil {
 		return err
 	}
@@ -135,8 +139,12 @@ func (vm *VM) build(vcpus int, devices []place) error {
 // setSlots gives KVM the RAM, each range in the slot of its index, or changes the
 // flags of all slots.
 func (vm *VM) setSlots(flags uint32) error {
-	for slot, r := range vm.mem.Ranges() {
-		if err := vm.kvm.SetUserMemoryRegion(uint32(slot), flags, r.GPA, r.Len, vm.mem.HostAddr(r.GPA)); err != nil {
+	return setSlots(vm.kvm, vm.mem.Ranges(), flags, vm.mem.HostAddr)
+}
+
+func setSlots(vm *kvm.VM, ranges []memory.Range, flags uint32, host func(gpa uint64) uintptr) error {
+	for slot, r := range ranges {
+		if err := vm.SetUserMemoryRegion(uint32(slot), flags, r.GPA, r.Len, host(r.GPA)); err != nil {
 			return err
 		}
 	}

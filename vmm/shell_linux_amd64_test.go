@@ -80,3 +80,31 @@ func TestShellRefuses(t *testing.T) {
 		t.Errorf("left are %+v, there were %+v", after, before)
 	}
 }
+
+// TestShellReserved: a shell whose memory KVM knows in advance takes memory that lies there, and no other.
+func TestShellReserved(t *testing.T) {
+	needKVM(t)
+	g := newWorker(t, testvm.WorkerConfig{})
+	vm := g.boot(t, testvm.NoLimit)
+	must(t, vm.Start())
+	g.work(t, vm, 4)
+	pause(t, vm)
+	state, mem := encoded(t, vm), copyMemory(t, vm.Memory())
+	must(t, vm.Close())
+	before := countResources(t)
+	shell, err := vmm.NewShell()
+	must(t, err)
+	must(t, shell.Reserve(state.Machine.MemoryBytes))
+	if err := shell.Reserve(state.Machine.MemoryBytes); !errors.Is(err, vmm.ErrClosed) {
+		t.Errorf("reserved again: %v", err)
+	}
+	if p := shell.Reservation(); p.Size() != state.Machine.MemoryBytes || p.HostAddr(0) == 0 {
+		t.Errorf("reservation %+v", p)
+	}
+	if _, err := shell.Restore(state, mem, g.hardware(testvm.NoLimit)); !errors.Is(err, vmm.ErrConfig) {
+		t.Errorf("memory that lies elsewhere: %v", err)
+	}
+	if after := countResources(t); after != before {
+		t.Errorf("left are %+v, there were %+v", after, before)
+	}
+}

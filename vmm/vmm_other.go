@@ -32,6 +32,8 @@ type Shell struct{}
 func NewShell() (*Shell, error)                                      { return nil, ErrNotSupported }
 func (*Shell) CheckHost(*State, Hardware) error                      { return ErrNotSupported }
 func (*Shell) Restore(*State, *memory.Memory, Hardware) (*VM, error) { return nil, ErrNotSupported }
+func (*Shell) Reserve(uint64) error                                  { return ErrNotSupported }
+func (*Shell) Reservation() *memory.Reservation                      { return nil }
 func (*Shell) Close() error                                          { return nil }
 
 // OpenTap returns ErrNotSupported on this system.
