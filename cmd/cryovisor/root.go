@@ -20,7 +20,7 @@ followed by p, look at the snapshot ('inspect'), and go on ('resume').`,
 	}
 	cmd.CompletionOptions.HiddenDefaultCmd = true
 	cmd.AddCommand(newDemoCommand(), newDemoStageCommand(), newKeygenCommand(), newRunCommand(),
-		newResumeCommand(), newDiskCommand(), newInspectCommand(), newVerifyCommand(), newServeCommand(), newAPIKeyCommand(), newTemplateCommand())
+		newResumeCommand(), newExportCommand(), newDiskCommand(), newInspectCommand(), newVerifyCommand(), newServeCommand(), newAPIKeyCommand(), newTemplateCommand())
 	cmd.AddCommand(sandboxCommands()...)
 	return cmd
 }

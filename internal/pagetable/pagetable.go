@@ -44,6 +44,9 @@ func (r Root) levels() int {
 	}
 }
 
+// Pages says whether there are tables that Walk follows: not where the processor does not page, or as 32-bit systems do.
+func (r Root) Pages() bool { return r.levels() > 0 }
+
 // top is the address of the first table (4.5.2, "Use of CR3 with 4-Level Paging and 5-Level Paging").
 func (r Root) top() uint64 { return r.CR3 & addressMask }
 
