@@ -1,7 +1,6 @@
 package lifecycle
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -55,7 +54,7 @@ const coreTables = 1 << 18
 const coreBatch = 16
 
 // ExportCore writes the memory and the processors of a snapshot to a file, as an ELF core that gdb and crash open. It is not
-// encrypted; its mode is 0600. What is zero is a hole in the file.
+// encrypted; its mode is 0600. What the snapshot does not hold, as it is zero, is a hole in the file.
 //
 // The memory is there at physical addresses (p_paddr). Where a vCPU pages, in 64-bit mode, it is at the virtual addresses of the
 // vCPUs, too; where two of them disagree, the first has it.
@@ -168,23 +167,14 @@ func (c *core) memory(ctx context.Context, r *snapshot.Reader) error {
 	return g.Wait()
 }
 
-// put writes a run of pages, but for those that are zero.
+// put writes a run of pages.
 func (c *core) put(gpa uint64, pages []byte) error {
 	off, ok := c.layout.Offset(gpa, uint64(len(pages)))
 	if !ok {
 		return fmt.Errorf("%w: it holds %d bytes at GPA %#x, where the machine has no memory", snapshot.ErrFormat, len(pages), gpa)
 	}
-	for at := 0; at < len(pages); {
-		end := at
-		for end < len(pages) && !bytes.Equal(pages[end:][:len(zeroPage)], zeroPage[:]) {
-			end += len(zeroPage)
-		}
-		if end > at {
-			if _, err := c.file.WriteAt(pages[at:end], off+int64(at)); err != nil {
-				return err
-			}
-		}
-		at = end + len(zeroPage)
+	if _, err := c.file.WriteAt(pages, off); err != nil {
+		return err
 	}
 	if c.progress == nil {
 		return nil
@@ -195,8 +185,6 @@ func (c *core) put(gpa uint64, pages []byte) error {
 	c.progress(c.done, c.total)
 	return nil
 }
-
-var zeroPage [memory.PageSize]byte
 
 // headers writes what the file begins with.
 func (c *core) headers(roots []pagetable.Root) (CoreInfo, error) {
