@@ -35,7 +35,7 @@ FILE is as long as the guest's memory, and takes as much room as is not zero. It
 encrypted: it holds all that was in the guest's memory, keys and passwords included.
 
 The disks of a snapshot are exported by 'disk export'.`, uint64(lifecycle.CorePhysical)),
-		Example: "  cryovisor export 3f9a -o core.elf\n  gdb -ex 'info threads' vmlinux core.elf\n  crash vmlinux core.elf",
+		Example: "  cryovisor export 3f9a -o core.elf\n  gdb vmlinux core.elf            # without a vmlinux: gdb --core=core.elf\n  crash vmlinux core.elf",
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			r, err := source.open(cmd.Context(), args[0])
@@ -68,11 +68,11 @@ The disks of a snapshot are exported by 'disk export'.`, uint64(lifecycle.CorePh
 
 // sayExported tells a person what is in a core.
 func sayExported(w io.Writer, path string, info lifecycle.CoreInfo, paging bool) {
-	addresses := fmt.Sprintf("%d ranges of virtual addresses", info.Mappings)
+	addresses := fmt.Sprintf("ranges of virtual addresses: %d", info.Mappings)
 	if info.Mappings == 0 {
 		addresses = "physical addresses"
 	}
-	fmt.Fprintf(w, "%s: %s of memory, %d vCPUs, %s\n", path, humanize.IBytes(info.MemoryBytes), info.VCPUs, addresses)
+	fmt.Fprintf(w, "%s: %s of memory, vCPUs: %d, %s\n", path, humanize.IBytes(info.MemoryBytes), info.VCPUs, addresses)
 	switch {
 	case info.Incomplete:
 		fmt.Fprintf(w, "the guest maps more than a core has room for: some virtual addresses are missing, of processes first; %#x + physical ones are all there\n",
