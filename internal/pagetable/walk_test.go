@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"reflect"
+	"slices"
 	"testing"
 
 	"github.com/cryovisor/cryovisor/internal/pagetable"
@@ -157,7 +158,7 @@ func TestLargePages(t *testing.T) {
 	g.set(0x3000, 1, 512*mib|present|large|1<<12)  // with PAT
 	g.set(0x3000, 2, 512*mib|page*2|present|large) // reserved bits
 	g.set(0x3000, 3, 514*mib|present|large)
-	g.set(0x1000, 1, gib|present|large) // reserved
+	g.set(0x1000, 1, present|large) // reserved
 	ram := []pagetable.Range{{GPA: 0, Len: 2*gib + gib/2}, {GPA: 4*gib - page, Len: gib}}
 	got, complete := walk(t, sparse{g}, ram, unlimited, at(paging4, 0x1000))
 	want := []pagetable.Mapping{
@@ -186,6 +187,11 @@ func TestFirstRootComesFirst(t *testing.T) {
 		g.set(0x8000, i, uint64(24+i)*page|present)
 	}
 	roots := []pagetable.Root{at(paging4, 0x1000), at(paging4, 0x5000), at(paging4, 0x1000)}
+	counted := &counter{guest: g}
+	walk(t, counted, g.ram(), unlimited, roots...)
+	if counted.reads != 2*(4+1) {
+		t.Errorf("%d tables are read; each address space has 4, and the first counts for each half", counted.reads)
+	}
 	g.check(t, []pagetable.Mapping{
 		{Linear: 0, GPA: 24 * page, Len: 2 * page},
 		{Linear: 2 * page, GPA: 18 * page, Len: 3 * page},
@@ -237,7 +243,7 @@ func TestReferenceToItself(t *testing.T) {
 	if complete || counted.reads != limits.Tables || len(got) == 0 || got[0].Linear != kernelBase {
 		t.Errorf("%d tables, complete %v, %d mappings", counted.reads, complete, len(got))
 	}
-	limits = pagetable.Limits{Tables: everything, Mappings: 1000}
+	limits = pagetable.Limits{Tables: 100000, Mappings: 1000}
 	if got, complete = walk(t, g, g.ram(), limits, at(paging4, 0x1000)); complete || len(got) != limits.Mappings {
 		t.Errorf("complete %v, %d mappings", complete, len(got))
 	}
@@ -259,31 +265,35 @@ func TestKernelBeforeProcesses(t *testing.T) {
 	g.set(0x4000, 0, 0x6000|present)
 	g.set(0x1000, 256, 0x2000|present)
 	g.set(0x5000, 257, 0x2000|present)
+	g.set(0x1000, 1, 0x2000|present)
 	roots := []pagetable.Root{at(paging4, 0x1000), at(paging4, 0x5000)}
-	want := []pagetable.Mapping{
-		{Linear: 0, GPA: 0x6000, Len: page},
-		{Linear: kernelBase, GPA: 0x6000, Len: page},
-		{Linear: kernelBase + 1<<39, GPA: 0x6000, Len: page},
-	}
-	g.check(t, want, roots...)
-	got, complete := walk(t, g, g.ram(), pagetable.Limits{Tables: everything, Mappings: 3}, roots...)
-	if !complete || !reflect.DeepEqual(got, want) {
-		t.Errorf("just enough: %#x, complete %v", got, complete)
-	}
-	got, complete = walk(t, g, g.ram(), pagetable.Limits{Tables: everything, Mappings: 2}, roots...)
-	if complete || !reflect.DeepEqual(got, want[1:]) {
-		t.Errorf("one too few: %#x, complete %v", got, complete)
+	lower := []pagetable.Mapping{{Linear: 0, GPA: 0x6000, Len: page}, {Linear: 1 << 39, GPA: 0x6000, Len: page}}
+	upper := []pagetable.Mapping{{Linear: kernelBase, GPA: 0x6000, Len: page}, {Linear: kernelBase + 1<<39, GPA: 0x6000, Len: page}}
+	for limit, want := range map[int][]pagetable.Mapping{
+		4: slices.Concat(lower, upper), 3: slices.Concat(lower[:1], upper), 2: upper, 1: upper[:1],
+	} {
+		got, complete := walk(t, g, g.ram(), pagetable.Limits{Tables: everything, Mappings: limit}, roots...)
+		if complete != (limit == 4) || !reflect.DeepEqual(got, want) {
+			t.Errorf("limit %d: %#x, complete %v", limit, got, complete)
+		}
 	}
 }
 
-// TestPiecesAreLimited: the second address space is one mapping, and many with the first one taken out.
+// TestPiecesAreLimited: the second address space is one mapping, and many with the first one taken out. What is walked after it is
+// there even so.
 func TestPiecesAreLimited(t *testing.T) {
 	g := make(guest, 1024*page)
 	for _, first := range []uint64{0x1000, 0x5000} {
-		for table := first; table < first+0x3000; table += page {
+		g.set(first, 256, first+page|present)
+		for table := first + page; table < first+0x3000; table += page {
 			g.set(table, 0, table+page|present)
 		}
 	}
+	g.set(0x1000, 0, 0xa000|present)
+	g.set(0xa000, 0, 0xb000|present)
+	g.set(0xb000, 0, 0xc000|present)
+	g.set(0xc000, 0, 0x6000|present)
+	g.set(0xc000, 2, 0x6000|present)
 	for i := range 512 {
 		if i%2 == 0 {
 			g.set(0x4000, i, 0x9000|present)
@@ -291,9 +301,9 @@ func TestPiecesAreLimited(t *testing.T) {
 		g.set(0x8000, i, uint64(16+i)*page|present)
 	}
 	roots := []pagetable.Root{at(paging4, 0x1000), at(paging4, 0x5000)}
-	for limit, want := range map[int]int{512: 512, 511: 256, 256: 256, 255: 255} {
+	for limit, want := range map[int]int{514: 514, 513: 513, 511: 258, 258: 258, 257: 257, 255: 255} {
 		got, complete := walk(t, g, g.ram(), pagetable.Limits{Tables: everything, Mappings: limit}, roots...)
-		if complete != (limit == 512) || len(got) != want {
+		if complete != (limit == 514) || len(got) != want {
 			t.Errorf("limit %d: %d mappings, complete %v", limit, len(got), complete)
 		}
 	}
