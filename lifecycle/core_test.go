@@ -410,7 +410,11 @@ func TestExportCoreFails(t *testing.T) {
 			if path == "" {
 				path = filepath.Join(t.TempDir(), "core")
 			}
-			info, err := lifecycle.ExportCore(tc.ctx, path, tc.r, lifecycle.CoreOptions{})
+			info, err := lifecycle.ExportCore(tc.ctx, path, tc.r, lifecycle.CoreOptions{Progress: func(uint64, uint64) {
+				if path == taken {
+					t.Error("it began even so")
+				}
+			}})
 			if !errors.Is(err, tc.want) || info != (lifecycle.CoreInfo{}) {
 				t.Errorf("%v, want %v; %+v", err, tc.want, info)
 			}
@@ -429,6 +433,24 @@ func TestExportCoreFails(t *testing.T) {
 	}
 	openCore(t, taken)
 	if left := dirEntries(filepath.Dir(taken)); !slices.Equal(left, []string{"taken"}) {
+		t.Errorf("left: %v", left)
+	}
+}
+
+// TestExportCoreKeepsLateFile: a file that takes the name while the core is written stays.
+func TestExportCoreKeepsLateFile(t *testing.T) {
+	f := newFrozen()
+	_, r := f.store(t, f.size)
+	path := filepath.Join(t.TempDir(), "core")
+	_, err := lifecycle.ExportCore(t.Context(), path, r, lifecycle.CoreOptions{Progress: func(done, total uint64) {
+		if err := os.WriteFile(path, []byte("other"), 0o600); err != nil {
+			t.Error(err)
+		}
+	}})
+	if b, readErr := os.ReadFile(path); !errors.Is(err, fs.ErrExist) || readErr != nil || string(b) != "other" {
+		t.Errorf("%v; %v", err, readErr)
+	}
+	if left := dirEntries(filepath.Dir(path)); len(left) != 1 {
 		t.Errorf("left: %v", left)
 	}
 }
