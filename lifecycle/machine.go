@@ -209,6 +209,11 @@ func readState(r *snapshot.Reader) (*vmm.State, error) {
 	if err != nil {
 		return nil, err
 	}
+	return parseState(r)
+}
+
+// parseState is readState for who restores no machine: sections that he does not know may be critical.
+func parseState(r *snapshot.Reader) (*vmm.State, error) {
 	var sections []vmm.Section
 	for _, s := range r.Sections() {
 		if !strings.HasPrefix(s.Name, sectionPrefix) {

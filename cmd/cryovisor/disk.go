@@ -186,7 +186,7 @@ func newDiskExportCommand() *cobra.Command {
 		Long: `Write all of a disk, with the image under it, to a new raw or qcow2 image. The disk is one of a
 snapshot, or that of a file that 'disk create' or a guest that was not paused has left.
 
-The image is not encrypted.`,
+The image is not encrypted. The memory of a snapshot is exported by 'export'.`,
 		Example: "  cryovisor disk export 3f9a root.img\n  cryovisor disk export --disk data --format qcow2 3f9a data.qcow2",
 		Args:    cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {

@@ -12,6 +12,9 @@ import (
 )
 
 func main() {
+	if err := forbidCoreDumps(); err != nil {
+		fmt.Fprintln(os.Stderr, "cryovisor:", err) // and go on: it takes a crash to do harm
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGHUP)
 	err := newRootCommand().ExecuteContext(ctx)
 	stop()

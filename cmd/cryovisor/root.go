@@ -20,7 +20,8 @@ followed by p, look at the snapshot ('inspect'), and go on ('resume').`,
 	}
 	cmd.CompletionOptions.HiddenDefaultCmd = true
 	cmd.AddCommand(newDemoCommand(), newDemoStageCommand(), newKeygenCommand(), newRunCommand(),
-		newResumeCommand(), newDiskCommand(), newInspectCommand(), newVerifyCommand(), newRekeyCommand(), newServeCommand(), newAPIKeyCommand(), newTemplateCommand())
+		newResumeCommand(), newExportCommand(), newDiskCommand(), newInspectCommand(), newVerifyCommand(), newRekeyCommand(),
+		newServeCommand(), newAPIKeyCommand(), newTemplateCommand())
 	cmd.AddCommand(sandboxCommands()...)
 	return cmd
 }

@@ -83,6 +83,10 @@ func (vm *VM) CreateVCPU(id int) (*VCPU, error) {
 		return nil, errors.Join(&Error{Op: op + ": mmap kvm_run", Err: os.NewSyscallError("mmap", err)}, v.Close())
 	}
 	v.page = page
+	// It has what the guest reads and writes by ports, which has no place in a core dump, as guest memory has none.
+	if err := unix.Madvise(page, unix.MADV_DONTDUMP); err != nil {
+		return nil, errors.Join(&Error{Op: op + ": madvise kvm_run", Err: os.NewSyscallError("madvise", err)}, v.Close())
+	}
 	return v, nil
 }
 
