@@ -1,0 +1,74 @@
+package confine
+
+import (
+	"fmt"
+	"os"
+	"runtime"
+	"sync"
+
+	"github.com/elastic/go-seccomp-bpf"
+	llsys "github.com/landlock-lsm/go-landlock/landlock/syscall"
+	"golang.org/x/sys/unix"
+)
+
+// minLandlock is the first version that lets a process keep moving files between directories (Linux 5.19).
+const minLandlock = 2
+
+// Supported says how far this system can confine a process.
+func Supported() Level {
+	l := Level{Seccomp: seccomp.Supported()}
+	if abi, err := llsys.LandlockGetABIVersion(); err == nil && abi >= minLandlock {
+		l.Landlock = abi
+	}
+	return l
+}
+
+// applied is set by the first Apply. self keeps /proc/self from being forgotten by the kernel, and the rule for it with it.
+var (
+	mu      sync.Mutex
+	applied bool
+	self    *os.File
+)
+
+// Apply confines the process, all of its threads and those to come, for good, and says how far. Where the kernel has no Landlock
+// only system calls are bounded: see Level. It may be called while guests run, and works once: then it returns
+// ErrApplied. It returns ErrUnsupported where nothing can be done. With another error the process may be confined in part, and should end.
+func Apply(r Rules) (Level, error) {
+	mu.Lock()
+	defer mu.Unlock()
+	if applied {
+		return Level{}, ErrApplied
+	}
+	level := Supported()
+	if !level.Seccomp {
+		return Level{}, ErrUnsupported
+	}
+	rules, err := landlockRules(r)
+	if err != nil {
+		return Level{}, err
+	}
+	applied = true
+	if level.Landlock > 0 {
+		if err := restrictFiles(r, rules); err != nil {
+			return Level{}, err
+		}
+	}
+	return level, restrictCalls(r) // last, as it allows none of this
+}
+
+// restrictCalls installs the seccomp filter.
+func restrictCalls(r Rules) error {
+	// no_new_privs is set for this thread, and goes from it to the others with the filter.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	err := seccomp.LoadFilter(seccomp.Filter{
+		NoNewPrivs: true,
+		// Without TSYNC_ESRCH a thread that can't be given the filter is told by a positive result, which the library takes for success.
+		Flag:   seccomp.FilterFlagTSync | unix.SECCOMP_FILTER_FLAG_TSYNC_ESRCH,
+		Policy: policy(r, os.Getpid()),
+	})
+	if err != nil {
+		return fmt.Errorf("confine: bound the system calls: %w", err)
+	}
+	return nil
+}
