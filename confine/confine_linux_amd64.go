@@ -1,14 +1,10 @@
 package confine
 
 import (
-	"fmt"
 	"os"
-	"runtime"
 	"sync"
 
-	"github.com/elastic/go-seccomp-bpf"
 	llsys "github.com/landlock-lsm/go-landlock/landlock/syscall"
-	"golang.org/x/sys/unix"
 )
 
 // minLandlock is the first version that lets a process keep moving files between directories (Linux 5.19).
@@ -16,7 +12,7 @@ const minLandlock = 2
 
 // Supported says how far this system can confine a process.
 func Supported() Level {
-	l := Level{Seccomp: seccomp.Supported()}
+	l := Level{Seccomp: haveSeccomp()}
 	if abi, err := llsys.LandlockGetABIVersion(); err == nil && abi >= minLandlock {
 		l.Landlock = abi
 	}
@@ -47,28 +43,15 @@ func Apply(r Rules) (Level, error) {
 	if err != nil {
 		return Level{}, err
 	}
+	program, err := filter(r, os.Getpid())
+	if err != nil {
+		return Level{}, err
+	}
 	applied = true
 	if level.Landlock > 0 {
 		if err := restrictFiles(r, rules); err != nil {
 			return Level{}, err
 		}
 	}
-	return level, restrictCalls(r) // last, as it allows none of this
-}
-
-// restrictCalls installs the seccomp filter.
-func restrictCalls(r Rules) error {
-	// no_new_privs is set for this thread, and goes from it to the others with the filter.
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
-	err := seccomp.LoadFilter(seccomp.Filter{
-		NoNewPrivs: true,
-		// Without TSYNC_ESRCH a thread that can't be given the filter is told by a positive result, which the library takes for success.
-		Flag:   seccomp.FilterFlagTSync | unix.SECCOMP_FILTER_FLAG_TSYNC_ESRCH,
-		Policy: policy(r, os.Getpid()),
-	})
-	if err != nil {
-		return fmt.Errorf("confine: bound the system calls: %w", err)
-	}
-	return nil
+	return level, install(program) // last, as it allows none of this
 }
