@@ -19,11 +19,11 @@ func Supported() Level {
 	return l
 }
 
-// applied is set by the first Apply. self keeps /proc/self from being forgotten by the kernel, and the rule for it with it.
+// applied is set by the first Apply. pinned, which is /proc/self, keeps the kernel from forgetting that directory, and the rule for it with it.
 var (
 	mu      sync.Mutex
 	applied bool
-	self    *os.File
+	pinned  []*os.File
 )
 
 // Apply confines the process, all of its threads and those to come, for good, and says how far. Where the kernel has no Landlock

@@ -57,7 +57,7 @@ func child(name, dir string) error {
 		return err
 	}
 	if do := deadly[name]; do != nil {
-		return fmt.Errorf("%s did not end the process: %v", name, there(do))
+		return fmt.Errorf("%s did not end the process: %w", name, there(do))
 	}
 	out := make(map[string]int)
 	for _, a := range attempts(dir) {

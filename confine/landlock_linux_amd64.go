@@ -68,10 +68,12 @@ func landlockRules(r Rules) ([]landlock.Rule, error) {
 }
 
 // restrictFiles has Landlock allow the rules, and what is needed in any case, on every thread.
-func restrictFiles(r Rules, rules []landlock.Rule) (err error) {
-	if self, err = os.Open("/proc/self"); err != nil {
+func restrictFiles(r Rules, rules []landlock.Rule) error {
+	self, err := os.Open("/proc/self")
+	if err != nil {
 		return fmt.Errorf("confine: %w", err)
 	}
+	pinned = append(pinned, self)
 	rules = append(rules,
 		landlock.PathAccess(device, devices...).IgnoreIfMissing(),
 		landlock.PathAccess(readFile, system...).IgnoreIfMissing(),
