@@ -1,6 +1,7 @@
 package confine
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -12,6 +13,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -227,7 +229,10 @@ func place(t *testing.T) string {
 // run runs a child.
 func run(t *testing.T, name, dir string) ([]byte, error) {
 	t.Helper()
-	cmd := exec.Command(os.Args[0])
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute) // a fork that should not be would hold the pipes for ever
+	defer cancel()
+	cmd := exec.CommandContext(ctx, os.Args[0])
+	cmd.WaitDelay = time.Second
 	cmd.Env = append(os.Environ(), childEnv+"="+name, dirEnv+"="+dir)
 	cmd.Dir = dir
 	var failed strings.Builder
