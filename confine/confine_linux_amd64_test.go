@@ -75,7 +75,7 @@ func child(name, dir string) error {
 type attempt struct {
 	name  string
 	want  syscall.Errno // 0: it works
-	files bool          // by Landlock
+	since int           // by Landlock from this version on; 0: without
 	do    func() error
 }
 
@@ -130,20 +130,20 @@ func attempts(dir string) []attempt {
 			return unix.EALREADY
 		}},
 
-		{name: "read elsewhere", files: true, want: unix.EACCES, do: read(in("outside"))},
-		{name: "write elsewhere", files: true, want: unix.EACCES, do: write(in("another"))},
-		{name: "write to what is read only", files: true, want: unix.EACCES, do: write(in("ro", "file"))},
-		{name: "list elsewhere", files: true, want: unix.EACCES, do: func() error { _, err := os.ReadDir(dir); return err }},
-		{name: "by a symbolic link", files: true, want: unix.EACCES, do: read(in("rw", "link"))},
-		{name: "move out", files: true, want: unix.EACCES, do: func() error { return os.Rename(in("rw", "mine"), in("mine")) }},
+		{name: "read elsewhere", since: 2, want: unix.EACCES, do: read(in("outside"))},
+		{name: "write elsewhere", since: 2, want: unix.EACCES, do: write(in("another"))},
+		{name: "write to what is read only", since: 2, want: unix.EACCES, do: write(in("ro", "file"))},
+		{name: "list elsewhere", since: 2, want: unix.EACCES, do: func() error { _, err := os.ReadDir(dir); return err }},
+		{name: "by a symbolic link", since: 2, want: unix.EACCES, do: read(in("rw", "link"))},
+		{name: "move out", since: 2, want: unix.EACCES, do: func() error { return os.Rename(in("rw", "mine"), in("mine")) }},
 		{name: "make a symbolic link", want: unix.EPERM, do: func() error { return os.Symlink("/", in("rw", "root")) }},
-		{name: "truncate what is read only", files: true, want: unix.EACCES, do: func() error { return os.Truncate(in("ro", "file"), 0) }},
+		{name: "truncate what is read only", since: 3, want: unix.EACCES, do: func() error { return os.Truncate(in("ro", "file"), 0) }},
 		{name: "remove from where that is all", do: func() error { return os.Remove(in("remove", "file")) }},
-		{name: "write where one may remove", files: true, want: unix.EACCES, do: write(in("remove", "new"))},
+		{name: "write where one may remove", since: 2, want: unix.EACCES, do: write(in("remove", "new"))},
 		{name: "remove a socket", do: func() error { return os.Remove(in("sockets", "old")) }},
-		{name: "write among sockets", files: true, want: unix.EACCES, do: write(in("sockets", "new"))},
-		{name: "another's memory", files: true, want: unix.EACCES, do: read(fmt.Sprintf("/proc/%d/maps", os.Getppid()))},
-		{name: "write to one's own by its file", files: true, want: unix.EACCES, do: func() error {
+		{name: "write among sockets", since: 2, want: unix.EACCES, do: write(in("sockets", "new"))},
+		{name: "another's memory", since: 2, want: unix.EACCES, do: read(fmt.Sprintf("/proc/%d/maps", os.Getppid()))},
+		{name: "write to one's own by its file", since: 2, want: unix.EACCES, do: func() error {
 			_, err := os.OpenFile("/proc/self/mem", os.O_RDWR, 0)
 			return err
 		}},
@@ -265,8 +265,8 @@ func TestAttempts(t *testing.T) {
 	}
 	for _, a := range attempts(dir) {
 		t.Run(a.name, func(t *testing.T) {
-			if a.files && Supported().Landlock == 0 {
-				t.Skip("this kernel has no Landlock")
+			if Supported().Landlock < a.since {
+				t.Skipf("Landlock is of version %d", Supported().Landlock)
 			}
 			if errno, ok := got[a.name]; !ok || syscall.Errno(errno) != a.want {
 				t.Errorf("%v, want %v", syscall.Errno(errno), a.want)
