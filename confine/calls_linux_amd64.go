@@ -15,7 +15,7 @@ var freeCalls = [][]uint32{
 		unix.SYS_OPENAT2, unix.SYS_PREAD64, unix.SYS_PREADV, unix.SYS_PREADV2, unix.SYS_PWRITE64, unix.SYS_PWRITEV,
 		unix.SYS_PWRITEV2, unix.SYS_READ, unix.SYS_READLINK, unix.SYS_READLINKAT, unix.SYS_READV, unix.SYS_RENAME,
 		unix.SYS_RENAMEAT, unix.SYS_RENAMEAT2, unix.SYS_RMDIR, unix.SYS_SENDFILE, unix.SYS_SPLICE, unix.SYS_STAT,
-		unix.SYS_STATFS, unix.SYS_STATX, unix.SYS_SYNC_FILE_RANGE, unix.SYS_TRUNCATE, unix.SYS_UNLINK, unix.SYS_UNLINKAT,
+		unix.SYS_STATFS, unix.SYS_STATX, unix.SYS_SYNC_FILE_RANGE, unix.SYS_UNLINK, unix.SYS_UNLINKAT,
 		unix.SYS_UTIMENSAT, unix.SYS_WRITE, unix.SYS_WRITEV,
 	},
 	{ // memory

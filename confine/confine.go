@@ -54,7 +54,7 @@ type Level struct {
 	// Seccomp says that system calls are bounded. Always so if Apply returns no error.
 	Seccomp bool
 	// Landlock is the version of the kernel's interface by which files are bounded; 0 if there is none, or Landlock
-	// is not turned on. The first one that is used is 2 (Linux 5.19), which lets files be truncated that may only be read. From 4 on (Linux 6.7) TCP is bounded as well, from 5 on
+	// is not turned on. The first one that is used is 2 (Linux 5.19). From 4 on (Linux 6.7) TCP is bounded as well, from 5 on
 	// (6.10) requests to devices, from 6 on (6.12) signals and abstract unix sockets of others.
 	Landlock int
 }
