@@ -177,6 +177,9 @@ func listIDs(dir, ext string) ([]ID, error) {
 	return ids, nil
 }
 
+// Make makes the store's directories, durably, as the first [Store.Create] does: for a process that may not make any later.
+func (s *Store) Make() error { return s.makeDirs() }
+
 // makeDirs makes the store's directories, durably.
 func (s *Store) makeDirs() error {
 	for _, dir := range []string{s.dir, s.packs(), s.manifests()} {

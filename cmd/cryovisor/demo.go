@@ -22,12 +22,13 @@ import (
 
 // demoOptions are the flags of the demo.
 type demoOptions struct {
-	ram    string
-	dir    string
-	cycles int
-	vcpus  int
-	eager  bool
-	json   bool
+	ram     string
+	dir     string
+	cycles  int
+	vcpus   int
+	eager   bool
+	json    bool
+	confine confineFlag
 }
 
 func newDemoCommand() *cobra.Command {
@@ -59,6 +60,7 @@ in a new process; pauses after the first store only what the guest wrote since.`
 	cmd.Flags().IntVar(&o.cycles, "cycles", 1, "how often to pause and resume")
 	cmd.Flags().IntVar(&o.vcpus, "vcpus", 1, "the guest's processors")
 	cmd.Flags().BoolVar(&o.eager, "eager", false, "load all of the memory before the guest runs on")
+	o.confine.add(cmd)
 	cmd.Flags().BoolVar(&o.json, "json", false, "print one JSON object instead of a story")
 	return cmd
 }
@@ -129,7 +131,7 @@ func demo(ctx context.Context, out io.Writer, o demoOptions) (err error) {
 		story = out
 	}
 	d := &demoRunner{story: story, dir: dir, first: stageInput{
-		Dir: dir, Memory: ram, VCPUs: o.vcpus, Eager: o.eager, Seed: uint64(time.Now().UnixNano()),
+		Dir: dir, Memory: ram, VCPUs: o.vcpus, Eager: o.eager, Confine: o.confine.on, Seed: uint64(time.Now().UnixNano()),
 	}}
 	d.explain(&host, o)
 	result, err := d.run(ctx, o.cycles)

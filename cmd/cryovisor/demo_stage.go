@@ -16,6 +16,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/cpu"
 
+	"github.com/cryovisor/cryovisor/confine"
 	"github.com/cryovisor/cryovisor/internal/testvm"
 	"github.com/cryovisor/cryovisor/lifecycle"
 	"github.com/cryovisor/cryovisor/memory"
@@ -39,13 +40,14 @@ const (
 
 // stageInput tells a process of the demo what to do.
 type stageInput struct {
-	Dir    string      `json:"dir"`
-	Memory uint64      `json:"memory"`
-	VCPUs  int         `json:"vcpus"`
-	Seed   uint64      `json:"seed"`
-	Eager  bool        `json:"eager"`
-	Resume snapshot.ID `json:"resume"` // zero: boot
-	Final  bool        `json:"final"`  // compare, and do not pause again
+	Dir     string      `json:"dir"`
+	Memory  uint64      `json:"memory"`
+	VCPUs   int         `json:"vcpus"`
+	Seed    uint64      `json:"seed"`
+	Eager   bool        `json:"eager"`
+	Confine bool        `json:"confine"`
+	Resume  snapshot.ID `json:"resume"` // zero: boot
+	Final   bool        `json:"final"`  // compare, and do not pause again
 }
 
 // stageOutput is what it says.
@@ -153,7 +155,16 @@ func (s *stage) prepare() error {
 	}
 	s.content = testvm.NewCorpus(s.in.Seed, program)
 	s.model = testvm.NewModel(s.worker, s.content)
-	return nil
+	return s.confine()
+}
+
+// confine leaves this process the store and the machine that it will make.
+func (s *stage) confine() error {
+	if err := s.store.Make(); err != nil {
+		return err
+	}
+	flag := confineFlag{s.in.Confine}
+	return flag.apply(confine.Rules{ReadWrite: []string{s.store.Dir()}}, func(string, ...any) {}) // the demo is no place to tell of Landlock
 }
 
 // hardware connects the guest's ports to a device that goes on from saved.

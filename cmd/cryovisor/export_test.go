@@ -41,7 +41,7 @@ func pausedBeacon(t *testing.T) (id snapshot.ID, store, identity string) {
 		t.Fatal(err)
 	}
 	store, identity = t.TempDir(), filepath.Join(t.TempDir(), "key")
-	if err := writeIdentity(identity, key); err != nil {
+	if err := writeIdentity(identity, key, key.Recipient()); err != nil {
 		t.Fatal(err)
 	}
 	s, err := snapshot.OpenStore(store)

@@ -7,11 +7,15 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"path/filepath"
+	"slices"
 	"syscall"
 
+	"filippo.io/age"
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
+	"github.com/cryovisor/cryovisor/confine"
 	"github.com/cryovisor/cryovisor/lifecycle"
 	"github.com/cryovisor/cryovisor/snapshot"
 	"github.com/cryovisor/cryovisor/vmm"
@@ -30,32 +34,36 @@ type guestFlags struct {
 	store   storeFlag
 	keys    keyFlags
 	devices deviceFlags
+	confine confineFlag
 }
 
 func (g *guestFlags) add(cmd *cobra.Command) {
 	g.store.add(cmd)
 	g.keys.addIdentity(cmd)
 	g.keys.addRecipients(cmd, orOwn)
+	g.confine.add(cmd)
 }
 
 // foreground runs a machine whose console is the terminal until the guest ends,
 // or the user pauses it or quits.
 type foreground struct {
-	cmd     *cobra.Command
-	flags   *guestFlags
-	console *console
+	cmd        *cobra.Command
+	flags      *guestFlags
+	recipients []age.Recipient // of pauses; the file that they are from can't be read any more when the guest runs
+	console    *console
 }
 
 // newForeground takes the terminal. The caller calls restore.
 func newForeground(cmd *cobra.Command, flags *guestFlags) (*foreground, func(), error) {
-	if _, err := flags.keys.encryptTo(); err != nil {
+	to, err := flags.keys.encryptTo()
+	if err != nil {
 		return nil, nil, fmt.Errorf("a pause will need a key: %w", err)
 	}
 	c, err := newConsole(cmd.InOrStdin())
 	if err != nil {
 		return nil, nil, err
 	}
-	return &foreground{cmd: cmd, flags: flags, console: c}, c.restore, nil
+	return &foreground{cmd: cmd, flags: flags, recipients: to, console: c}, c.restore, nil
 }
 
 // hardware is the terminal and what the flags name. The caller closes f.flags.devices after the machine.
@@ -63,6 +71,32 @@ func (f *foreground) hardware() (vmm.Hardware, error) {
 	hw, err := f.flags.devices.hardware()
 	hw.Console = vmm.Console{In: f.console, Out: f.cmd.OutOrStdout()}
 	return hw, err
+}
+
+// start confines this process to what it needs from now on, and lets the guest run. All that the guest's machine is made of is open.
+func (f *foreground) start(m *lifecycle.Machine, run func() error) error {
+	if slices.ContainsFunc(f.recipients, isPlugin) {
+		f.say("this process is not confined: a plugin for a recipient will have to be started for each pause")
+		return run()
+	}
+	store, err := f.flags.store.open()
+	if err == nil {
+		err = store.Make()
+	}
+	if err != nil {
+		return err
+	}
+	rules := confine.Rules{ReadWrite: []string{store.Dir()}}
+	for _, file := range m.Overlays() {
+		rules.Remove = append(rules.Remove, filepath.Dir(file)) // when a snapshot has what is in it
+	}
+	if socket := f.flags.devices.vsock; socket != "" {
+		rules.Sockets = append(rules.Sockets, filepath.Dir(socket))
+	}
+	if err := f.flags.confine.apply(rules, f.say); err != nil {
+		return err
+	}
+	return run()
 }
 
 // run waits for the end of a guest that is running.
@@ -118,17 +152,13 @@ func (f *foreground) store(
 	ctx context.Context, name string,
 	do func(context.Context, *snapshot.Store, lifecycle.PauseOptions) (lifecycle.Paused, error),
 ) (*snapshot.Store, lifecycle.Paused, error) {
-	to, err := f.flags.keys.encryptTo()
-	if err != nil {
-		return nil, lifecycle.Paused{}, err
-	}
 	store, err := f.flags.store.open()
 	if err != nil {
 		return nil, lifecycle.Paused{}, err
 	}
 	bar := newProgress(f.cmd.ErrOrStderr(), name)
 	defer bar.finish()
-	p, err := do(ctx, store, lifecycle.PauseOptions{Recipients: to, Progress: bar.update})
+	p, err := do(ctx, store, lifecycle.PauseOptions{Recipients: f.recipients, Progress: bar.update})
 	return store, p, err
 }
 
@@ -281,7 +311,7 @@ func runGuest(cmd *cobra.Command, flags *guestFlags, boot *bootFlags) error {
 	if err != nil {
 		return errors.Join(err, flags.devices.close())
 	}
-	return f.finish(m, m.VM.Start())
+	return f.finish(m, f.start(m, m.VM.Start))
 }
 
 func newResumeCommand() *cobra.Command {
@@ -362,5 +392,5 @@ func resumeGuest(cmd *cobra.Command, flags *guestFlags, store *snapshot.Store, i
 	if err != nil {
 		return errors.Join(err, flags.devices.close())
 	}
-	return f.finish(m, m.VM.Resume())
+	return f.finish(m, f.start(m, m.VM.Resume))
 }

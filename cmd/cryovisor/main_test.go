@@ -10,6 +10,10 @@ import (
 
 func TestMain(m *testing.M) {
 	testplugin.Main()
+	if os.Getenv(commandEnv) != "" {
+		main()
+		os.Exit(0)
+	}
 	os.Exit(m.Run())
 }
 

@@ -66,6 +66,12 @@ func readRecipients(path string, ui *plugin.ClientUI) ([]age.Recipient, error) {
 	return all, nil
 }
 
+// isPlugin says whether another program is started to encrypt to r.
+func isPlugin(r age.Recipient) bool {
+	_, is := r.(*plugin.Recipient)
+	return is
+}
+
 // recipientsOf are the recipients that identities are for.
 func recipientsOf(ids []age.Identity) (all []age.Recipient, err error) {
 	for _, id := range ids {

@@ -17,6 +17,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -26,26 +27,23 @@ import (
 	"github.com/cryovisor/cryovisor/vmm"
 )
 
-// serveIn runs 'serve' on a directory, with more flags, until end is called or the test is over, and has the verbs talk to it.
+// serveIn runs 'serve' on a directory, with more flags, confined in a process of its own, until end is called or the test is over, and has the verbs talk to it.
 func serveIn(t *testing.T, dir string, flags ...string) (out string, end func()) {
 	t.Helper()
 	if _, err := vmm.Probe(); errors.Is(err, vmm.ErrNoKVM) || errors.Is(err, vmm.ErrPermission) {
 		t.Skip(err)
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	r, w := io.Pipe()
-	cmd := newRootCommand()
-	cmd.SetArgs(append([]string{"serve", "--data", dir, "--listen", "127.0.0.1:0"}, flags...))
-	cmd.SetOut(w)
-	cmd.SetErr(io.Discard)
-	ended := make(chan error, 1)
-	go func() {
-		ended <- cmd.ExecuteContext(ctx)
-		w.Close()
-	}()
+	cmd := process(append([]string{"serve", "--data", dir, "--listen", "127.0.0.1:0"}, flags...)...)
+	r, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
 	end = sync.OnceFunc(func() {
-		cancel()
-		if err := <-ended; err != nil {
+		_ = cmd.Process.Signal(syscall.SIGTERM) // it may have ended
+		if err := cmd.Wait(); err != nil {
 			t.Errorf("serve: %v", err)
 		}
 	})
@@ -57,10 +55,11 @@ func serveIn(t *testing.T, dir string, flags ...string) (out string, end func())
 		said.Write(buffer[:n])
 		if m := address.FindStringSubmatch(said.String()); m != nil {
 			t.Setenv("CRYOVISOR_URL", m[1])
+			checkConfined(t, cmd.Process.Pid)
 			return said.String(), end
 		}
 		if err != nil {
-			t.Fatalf("serve ended: %v; %s", <-ended, said.String())
+			t.Fatalf("serve ended: %s", said.String())
 		}
 	}
 }
@@ -161,11 +160,17 @@ func TestTemplateVerbs(t *testing.T) {
 	}
 	data := filepath.Join(dir, "data")
 	args := []string{"template", "create", "tiny", "--data", data, "--flat", image, "--memory", "4MiB", "--ready-text"}
-	id := strings.TrimSpace(succeed(t, append(args, "R", "--vsock")...))
+	// What confines itself does so for good, and needs a process of its own.
+	out, err := process(append(args, "R", "--vsock")...).Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	id := strings.TrimSpace(string(out))
+	args = append([]string{"template", "create", "--confine=false"}, args[2:]...)
 	if _, err := command(t, append(args, "R")...); !errors.Is(err, lifecycle.ErrExists) {
 		t.Errorf("a name twice: %v", err)
 	}
-	args[2] = "never"
+	args[3] = "never"
 	if _, err := command(t, append(args, "never said", "--ready-timeout", "50ms")...); err == nil {
 		t.Error("a template that is never ready was kept")
 	}
@@ -307,7 +312,7 @@ func TestShow(t *testing.T) {
 
 func TestServeRefuses(t *testing.T) {
 	for _, args := range [][]string{{"--listen", "0.0.0.0:0"}, {"--listen", ":0"}, {"--tls-cert", "x"}, {"--listen", "x"}, {"--on-close", "leave"}, {"--rate", "-1"}} {
-		if _, err := command(t, append([]string{"serve", "--data", t.TempDir()}, args...)...); err == nil {
+		if _, err := command(t, append([]string{"serve", "--confine=false", "--data", t.TempDir()}, args...)...); err == nil {
 			t.Errorf("%v was accepted", args)
 		}
 	}

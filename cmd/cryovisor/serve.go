@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -17,6 +18,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/time/rate"
 
+	"github.com/cryovisor/cryovisor/confine"
 	"github.com/cryovisor/cryovisor/lifecycle"
 	"github.com/cryovisor/cryovisor/server"
 )
@@ -34,6 +36,7 @@ type serveFlags struct {
 	rate                  float64
 	burst, inFlight       int
 	manager               lifecycle.ManagerOptions
+	confine               confineFlag
 }
 
 func newServeCommand() *cobra.Command {
@@ -71,6 +74,7 @@ signal ends it at once, and sandboxes are then what they were at their last paus
 	flags.IntVar(&f.manager.Limits.Running, "max-running", 0, "how many sandboxes may run; 0: any number")
 	flags.IntVar(&f.manager.Limits.Paused, "max-paused", 0, "how many may be paused; 0: any number")
 	flags.Uint64Var(&f.manager.Limits.StoredBytes, "max-stored", 0, "bytes of snapshots from which on there are no new ones; 0: any")
+	f.confine.add(cmd)
 	_ = cmd.MarkFlagRequired("data")
 	return cmd
 }
@@ -84,6 +88,10 @@ func serve(cmd *cobra.Command, f serveFlags) (err error) {
 		return err
 	}
 	defer listener.Close()
+	certificate, err := f.certificate()
+	if err != nil {
+		return err
+	}
 	log := slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), nil))
 	f.manager.OnClose = lifecycle.Action(f.onClose)
 	f.manager.Connect = server.Hardware(f.data)
@@ -96,9 +104,6 @@ func serve(cmd *cobra.Command, f serveFlags) (err error) {
 		defer cancel()
 		err = errors.Join(err, manager.Close(closing))
 	}()
-	if err := server.EnsureBase(ctx, manager); err != nil {
-		return err
-	}
 	keys, err := server.OpenKeys(ctx, f.data)
 	if err != nil {
 		return err
@@ -107,12 +112,44 @@ func serve(cmd *cobra.Command, f serveFlags) (err error) {
 	if err := ensureAPIKey(cmd, f, keys); err != nil {
 		return err
 	}
+	if err := confineServer(ctx, f, manager, log); err != nil {
+		return err
+	}
+	if err := server.EnsureBase(ctx, manager); err != nil { // runs a guest
+		return err
+	}
 	handler, err := server.New(server.Config{Manager: manager, Keys: keys, Logger: log, Rate: rate.Limit(f.rate), Burst: f.burst, InFlight: f.inFlight})
 	if err != nil {
 		return err
 	}
 	defer handler.Close()
-	return serveUntil(ctx, cmd, f, listener, handler, log)
+	return serveUntil(ctx, cmd, f, listener, certificate, handler, log)
+}
+
+// confineServer leaves the server its data directory, and what the disks of its sandboxes lie on.
+func confineServer(ctx context.Context, f serveFlags, manager *lifecycle.Manager, log *slog.Logger) error {
+	images, err := manager.Images(ctx)
+	if err != nil {
+		log.Warn("some images are not known: what lies on them can't be resumed", "error", err)
+	}
+	rules := confine.Rules{ReadWrite: []string{f.data}}
+	for _, image := range images {
+		if _, err := os.Stat(image); err != nil {
+			log.Warn("an image is not there: what lies on it can't be resumed until the server is started again", "error", err)
+			continue
+		}
+		rules.ReadOnly = append(rules.ReadOnly, image)
+	}
+	return f.confine.apply(rules, func(format string, args ...any) { log.Warn(fmt.Sprintf(format, args...)) })
+}
+
+// certificate reads the files for HTTPS while they can be read. It is nil for HTTP.
+func (f *serveFlags) certificate() (*tls.Certificate, error) {
+	if f.tlsCert == "" {
+		return nil, nil
+	}
+	c, err := tls.LoadX509KeyPair(f.tlsCert, f.tlsKey)
+	return &c, err
 }
 
 // listen refuses an address at which API keys could be read on their way.
@@ -160,9 +197,11 @@ func ensureAPIKey(cmd *cobra.Command, f serveFlags, keys *server.Keys) error {
 }
 
 // serveUntil serves until ctx ends, and then until the requests under way are answered.
-func serveUntil(ctx context.Context, cmd *cobra.Command, f serveFlags, listener net.Listener, handler http.Handler, log *slog.Logger) error {
+func serveUntil(
+	ctx context.Context, cmd *cobra.Command, f serveFlags, listener net.Listener, certificate *tls.Certificate, handler http.Handler, log *slog.Logger,
+) error {
 	scheme := "http"
-	if f.tlsCert != "" {
+	if certificate != nil {
 		scheme = "https"
 	}
 	fmt.Fprintf(cmd.OutOrStdout(), "serving %s on %s://%s\n", f.data, scheme, listener.Addr())
@@ -172,8 +211,9 @@ func serveUntil(ctx context.Context, cmd *cobra.Command, f serveFlags, listener 
 	}
 	ended := make(chan error, 1)
 	go func() {
-		if f.tlsCert != "" {
-			ended <- s.ServeTLS(listener, f.tlsCert, f.tlsKey)
+		if certificate != nil {
+			s.TLSConfig = &tls.Config{Certificates: []tls.Certificate{*certificate}}
+			ended <- s.ServeTLS(listener, "", "")
 		} else {
 			ended <- s.Serve(listener)
 		}

@@ -17,6 +17,7 @@ import (
 	"github.com/dustin/go-humanize"
 	"github.com/spf13/cobra"
 
+	"github.com/cryovisor/cryovisor/confine"
 	"github.com/cryovisor/cryovisor/lifecycle"
 	"github.com/cryovisor/cryovisor/server"
 	"github.com/cryovisor/cryovisor/vmm"
@@ -72,6 +73,7 @@ type templateFlags struct {
 	within    time.Duration
 	verbose   bool
 	json      bool
+	confine   confineFlag
 }
 
 func newTemplateCreateCommand(data *string) *cobra.Command {
@@ -97,6 +99,7 @@ has run for a while (--settle).`,
 	flags.DurationVar(&f.settle, "settle", 0, "how long it runs after that")
 	flags.DurationVar(&f.within, "ready-timeout", 2*time.Minute, "how long to wait for it to be ready")
 	flags.BoolVarP(&f.verbose, "verbose", "v", false, "print its console to standard error")
+	f.confine.add(cmd)
 	flags.BoolVar(&f.json, "json", false, "as JSON: all that is known of the template, in place of its id")
 	return cmd
 }
@@ -121,15 +124,13 @@ func createTemplate(cmd *cobra.Command, data, name string, f *templateFlags) err
 	cfg.Console.Out = watch
 	template := lifecycle.TemplateConfig{Name: name, VM: cfg, Disks: disks.Boot, Ready: f.ready(watch)}
 	if f.vsock {
-		dir, err := os.MkdirTemp("", "cryovisor-")
-		if err != nil {
-			return err
-		}
-		defer func() { _ = os.RemoveAll(dir) }()
-		template.VM.Vsock = &vmm.Vsock{CID: guestCID, Path: filepath.Join(dir, "vsock")}
+		template.VM.Vsock = &vmm.Vsock{CID: guestCID, Path: filepath.Join(data, "run", "template.sock")}
 		template.Labels = map[string]string{server.LabelVsock: strconv.Itoa(guestCID)}
 	}
 	return withManager(cmd.Context(), data, func(m *lifecycle.Manager) error {
+		if err := f.confineTo(cmd, data, disks.Boot); err != nil {
+			return err
+		}
 		info, err := m.CreateTemplate(cmd.Context(), template)
 		if err != nil {
 			return err
@@ -139,6 +140,20 @@ func createTemplate(cmd *cobra.Command, data, name string, f *templateFlags) err
 		}
 		fmt.Fprintln(cmd.OutOrStdout(), info.ID)
 		return nil
+	})
+}
+
+// confineTo leaves this process the data directory and the disks.
+func (f *templateFlags) confineTo(cmd *cobra.Command, data string, disks []lifecycle.Disk) error {
+	if err := os.MkdirAll(filepath.Join(data, "run"), 0o700); err != nil {
+		return err
+	}
+	rules := confine.Rules{ReadWrite: []string{data}}
+	if err := allowDisks(&rules, disks); err != nil {
+		return err
+	}
+	return f.confine.apply(rules, func(format string, args ...any) {
+		fmt.Fprintf(cmd.ErrOrStderr(), "cryovisor: "+format+"\n", args...)
 	})
 }
 

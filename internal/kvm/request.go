@@ -84,3 +84,19 @@ const (
 	reqSetSregs2      = iow | unsafe.Sizeof(Sregs2{})<<sizeShift | 0xcd
 	reqGetXSave2      = ior | xsaveSize<<sizeShift | 0xcf
 )
+
+// Requests are the numbers of all requests that this package makes, for a filter of system calls. The first is by far
+// the most frequent. Some numbers mean different things for different descriptors, and are there twice.
+func Requests() []uintptr {
+	return []uintptr{
+		reqRun, reqGetAPIVersion, reqCreateVM, reqGetMSRIndexList, reqCheckExtension, reqGetVCPUMmapSize,
+		reqGetSupportedCPUID, reqCreateVCPU, reqGetDirtyLog, reqSetUserMemoryRegion, reqSetTSSAddr,
+		reqSetIdentityMapAddr, reqCreateIRQChip, reqIRQLine, reqGetIRQChip, reqSetIRQChip, reqSetGSIRouting,
+		reqIRQFD, reqCreatePIT2, reqSetBootCPUID, reqIOEventFD, reqSetClock, reqGetClock, reqGetPIT2, reqSetPIT2,
+		reqEnableCap, reqSignalMSI, reqClearDirtyLog, reqGetRegs, reqSetRegs, reqGetSregs, reqSetSregs, reqGetMSRs,
+		reqSetMSRs, reqGetLAPIC, reqSetLAPIC, reqSetCPUID2, reqGetCPUID2, reqGetMPState, reqSetMPState,
+		reqGetVCPUEvents, reqSetVCPUEvents, reqGetDebugRegs, reqSetDebugRegs, reqSetTSCKHz, reqGetTSCKHz,
+		reqGetXSave, reqSetXSave, reqGetXCRS, reqSetXCRS, reqKVMClockCtrl, reqGetNestedState, reqSetNestedState,
+		reqGetSregs2, reqSetSregs2, reqGetXSave2,
+	}
+}

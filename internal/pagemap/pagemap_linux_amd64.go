@@ -23,6 +23,9 @@ const (
 	isZero    = 1 << 5 // PAGE_IS_PFNZERO: the kernel's page of zeros
 )
 
+// Requests are the numbers of all requests that this package makes, for a filter of system calls.
+func Requests() []uintptr { return []uintptr{reqScan} }
+
 // scanArg is struct pm_scan_arg.
 type scanArg struct {
 	size             uint64

@@ -23,6 +23,11 @@ const (
 	writeProtectOn = 1 << 0 // UFFDIO_WRITEPROTECT_MODE_WP
 )
 
+// Requests are the numbers of all requests that this package makes, for a filter of system calls.
+func Requests() []uintptr {
+	return []uintptr{iocNew, reqAPI, reqRegister, reqWake, reqZeroPage, reqWriteProtect}
+}
+
 // api is struct uffdio_api.
 type api struct{ version, features, ioctls uint64 }
 
