@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"strings"
 	"time"
@@ -43,7 +42,7 @@ func (s *Store) delete(ctx context.Context, id ID, neededOf func(packs []ID) (ma
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	if _, err := os.Lstat(s.ManifestPath(id)); errors.Is(err, fs.ErrNotExist) {
+	if _, err := s.files.Stat(s.ManifestPath(id)); errors.Is(err, fs.ErrNotExist) {
 		return &FileError{Op: "delete", Path: s.ManifestPath(id), Offset: -1, Err: fmt.Errorf("snapshot %w: %w", ErrNotFound, fs.ErrNotExist)}
 	}
 	unlock, err := s.lock(true)
@@ -83,7 +82,7 @@ type Garbage struct {
 // if the header of any manifest can't be read, for that may name any pack.
 func (s *Store) Collect(ctx context.Context) (Garbage, error) {
 	var g Garbage
-	if _, err := os.Stat(s.dir); errors.Is(err, fs.ErrNotExist) {
+	if _, err := s.files.Stat(s.dir); errors.Is(err, fs.ErrNotExist) {
 		return g, nil
 	}
 	unlock, err := s.lock(true)
@@ -95,7 +94,7 @@ func (s *Store) Collect(ctx context.Context) (Garbage, error) {
 	if err != nil {
 		return g, err
 	}
-	all, err := listIDs(s.packs(), packExt)
+	all, err := s.listIDs(s.packs(), packExt)
 	if err != nil {
 		return g, err
 	}
@@ -135,7 +134,7 @@ func (s *Store) removePacks(ctx context.Context, packs []ID, needed map[ID]bool)
 			return g, err
 		}
 		path := s.PackPath(id)
-		fi, err := os.Lstat(path)
+		fi, err := s.files.Stat(path)
 		if needed[id] || errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
@@ -159,7 +158,7 @@ func (s *Store) removePacks(ctx context.Context, packs []ID, needed map[ID]bool)
 
 // removeTemps removes temporary files that nobody can be using.
 func (s *Store) removeTemps(dir string) (int, error) {
-	names, err := os.ReadDir(dir)
+	names, err := s.files.ReadDir(dir)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return 0, err
 	}
@@ -192,7 +191,7 @@ func stale(e fs.DirEntry) bool {
 func (s *Store) shredManifest(id ID) error {
 	path := s.ManifestPath(id)
 	doomed := filepath.Join(s.manifests(), deletedPrefix+id.String())
-	if err := os.Rename(path, doomed); err != nil {
+	if err := s.files.Rename(path, doomed); err != nil {
 		return fileError("delete", path, err)
 	}
 	if err := s.files.SyncDir(s.manifests()); err != nil {
@@ -207,19 +206,15 @@ func (s *Store) shredManifest(id ID) error {
 // shred overwrites a file with random bytes, waits until they are on stable
 // storage, and removes it.
 func (s *Store) shred(path string) error {
-	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	f, err := s.files.Overwrite(path)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	fi, err := f.Stat()
-	if err != nil {
-		return err
-	}
 	noise := make([]byte, 64<<10)
-	for at := int64(0); at < fi.Size(); at += int64(len(noise)) {
+	for at := int64(0); at < f.Size(); at += int64(len(noise)) {
 		_, _ = rand.Read(noise) // never fails, by its documentation
-		if _, err := f.WriteAt(noise[:min(int64(len(noise)), fi.Size()-at)], at); err != nil {
+		if _, err := f.WriteAt(noise[:min(int64(len(noise)), f.Size()-at)], at); err != nil {
 			return err
 		}
 	}

@@ -20,11 +20,29 @@ type stagedFile interface {
 	Discard() error
 }
 
-// fileSystem is what a Writer needs of a file system; the tests put faults in.
+// fileSystem is what a Store needs of a file system, all of it: the tests put faults in, and lose what was not synced.
 type fileSystem interface {
+	Open(path string) (Blob, error)
+	ReadDir(dir string) ([]fs.DirEntry, error)
+	Stat(path string) (fs.FileInfo, error)
+	Mkdir(dir string) error
 	Stage(dir string) (stagedFile, error)
-	SyncDir(dir string) error
+	// Overwrite opens a file to replace bytes of it.
+	Overwrite(path string) (overwrittenFile, error)
+	Rename(from, to string) error
 	Remove(path string) error
+	// SyncDir waits until the names in a directory are on stable storage.
+	SyncDir(dir string) error
+	// Lock waits for the lock of a file, which is made if need be; Close releases it.
+	Lock(path string, exclusive bool) (io.Closer, error)
+}
+
+// overwrittenFile is a file of which bytes are being replaced in place.
+type overwrittenFile interface {
+	io.WriterAt
+	io.Closer
+	Size() int64
+	Sync() error
 }
 
 const (
@@ -50,8 +68,55 @@ func (osFiles) Stage(dir string) (stagedFile, error) {
 	return f, err
 }
 
-func (osFiles) SyncDir(dir string) error { return syncDir(dir) }
-func (osFiles) Remove(path string) error { return os.Remove(path) }
+func (osFiles) ReadDir(dir string) ([]fs.DirEntry, error) { return os.ReadDir(dir) }
+func (osFiles) Stat(path string) (fs.FileInfo, error)     { return os.Stat(path) }
+func (osFiles) Mkdir(dir string) error                    { return os.Mkdir(dir, dirMode) }
+func (osFiles) SyncDir(dir string) error                  { return syncDir(dir) }
+func (osFiles) Rename(from, to string) error              { return os.Rename(from, to) }
+func (osFiles) Remove(path string) error                  { return os.Remove(path) }
+
+func (osFiles) Open(path string) (Blob, error) { return openSized(path, os.O_RDONLY) }
+
+func (osFiles) Overwrite(path string) (overwrittenFile, error) { return openSized(path, os.O_WRONLY) }
+
+func (osFiles) Lock(path string, exclusive bool) (io.Closer, error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, fileMode)
+	if err != nil {
+		return nil, err
+	}
+	if err := lockFile(f, exclusive); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+// sizedFile is an open file that knows its size.
+type sizedFile struct {
+	*os.File
+	size int64
+}
+
+func (f sizedFile) Size() int64 { return f.size }
+
+// openedFile is what Open and Overwrite have in common.
+type openedFile interface {
+	Blob
+	overwrittenFile
+}
+
+func openSized(path string, flag int) (openedFile, error) {
+	f, err := os.OpenFile(path, flag, 0)
+	if err != nil {
+		return nil, err
+	}
+	fi, err := f.Stat()
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return sizedFile{f, fi.Size()}, nil
+}
 
 // namedFile is a stagedFile under a temporary name, for where the operating
 // system or the file system has no unnamed files.

@@ -62,17 +62,17 @@ func (s *Store) manifests() string { return filepath.Join(s.dir, manifestDir) }
 func (s *Store) packs() string     { return filepath.Join(s.dir, packDir) }
 
 // PackPath returns the name of pack id, which need not exist.
-func (s *Store) PackPath(id ID) string { return dirBlobs(s.dir).path(packName(id)) }
+func (s *Store) PackPath(id ID) string { return inDir(s.dir, packName(id)) }
 
 // ManifestPath returns the name of the manifest of snapshot id, which need not exist.
-func (s *Store) ManifestPath(id ID) string { return dirBlobs(s.dir).path(manifestName(id)) }
+func (s *Store) ManifestPath(id ID) string { return inDir(s.dir, manifestName(id)) }
 
 // packName and manifestName are the names of files in a store, with forward slashes.
 func packName(id ID) string     { return packDir + "/" + id.String() + packExt }
 func manifestName(id ID) string { return manifestDir + "/" + id.String() + manifestExt }
 
 // source is how a Reader reads the store.
-func (s *Store) source() *source { return &source{blobs: dirBlobs(s.dir)} }
+func (s *Store) source() *source { return &source{blobs: dirBlobs{s.dir, s.files}} }
 
 // Open opens a snapshot with the first of the identities that fits, and
 // authenticates its manifest. Packs are opened when they are needed.
@@ -128,7 +128,7 @@ func (s *Store) Header(id ID) (Entry, error) {
 // can't be read are left out of the list and joined into the error, so that both
 // results are of use together.
 func (s *Store) List() ([]Entry, error) {
-	ids, err := listIDs(s.manifests(), manifestExt)
+	ids, err := s.listIDs(s.manifests(), manifestExt)
 	if err != nil {
 		return nil, err
 	}
@@ -149,8 +149,8 @@ func (s *Store) List() ([]Entry, error) {
 }
 
 // listIDs returns the ids of the files in dir that are named by id and ext, ascending.
-func listIDs(dir, ext string) ([]ID, error) {
-	names, err := os.ReadDir(dir)
+func (s *Store) listIDs(dir, ext string) ([]ID, error) {
+	names, err := s.files.ReadDir(dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
@@ -173,15 +173,31 @@ func listIDs(dir, ext string) ([]ID, error) {
 // makeDirs makes the store's directories, durably.
 func (s *Store) makeDirs() error {
 	for _, dir := range []string{s.dir, s.packs(), s.manifests()} {
-		if _, err := os.Stat(dir); err == nil {
+		if _, err := s.files.Stat(dir); err == nil {
 			continue
 		}
-		if err := os.MkdirAll(dir, dirMode); err != nil {
-			return fileError("make", dir, err)
+		if err := s.makeDir(dir); err != nil {
+			return err
 		}
-		if err := s.files.SyncDir(filepath.Dir(dir)); err != nil {
-			return fileError("sync", filepath.Dir(dir), err)
+	}
+	return nil
+}
+
+// makeDir makes a directory, and those above it that are not there.
+func (s *Store) makeDir(dir string) error {
+	parent := filepath.Dir(dir)
+	err := s.files.Mkdir(dir)
+	if errors.Is(err, fs.ErrNotExist) && parent != dir {
+		if err := s.makeDir(parent); err != nil {
+			return err
 		}
+		err = s.files.Mkdir(dir)
+	}
+	if err != nil && !errors.Is(err, fs.ErrExist) { // by another process
+		return fileError("make", dir, err)
+	}
+	if err := s.files.SyncDir(parent); err != nil {
+		return fileError("sync", parent, err)
 	}
 	return nil
 }
@@ -190,10 +206,6 @@ func (s *Store) makeDirs() error {
 // manifest that names them, exclusive while packs are removed.
 func (s *Store) lock(exclusive bool) (unlock func(), err error) {
 	path := filepath.Join(s.dir, lockName)
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, fileMode)
-	if err != nil {
-		return nil, fileError("lock", path, err)
-	}
 	release := s.local.RUnlock
 	if exclusive {
 		s.local.Lock()
@@ -201,9 +213,9 @@ func (s *Store) lock(exclusive bool) (unlock func(), err error) {
 	} else {
 		s.local.RLock()
 	}
-	if err := lockFile(f, exclusive); err != nil {
+	f, err := s.files.Lock(path, exclusive)
+	if err != nil {
 		release()
-		f.Close()
 		return nil, fileError("lock", path, err)
 	}
 	return func() {
@@ -215,7 +227,7 @@ func (s *Store) lock(exclusive bool) (unlock func(), err error) {
 // Find returns the one snapshot whose id starts with prefix. Errors: ErrNotFound,
 // or ErrInvalid if there are several.
 func (s *Store) Find(prefix string) (ID, error) {
-	ids, err := listIDs(s.manifests(), manifestExt)
+	ids, err := s.listIDs(s.manifests(), manifestExt)
 	if err != nil {
 		return ID{}, err
 	}

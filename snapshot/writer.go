@@ -5,7 +5,6 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
-	"os"
 	"runtime"
 	"slices"
 	"strings"
@@ -117,7 +116,7 @@ func (s *Store) Create(ctx context.Context, opts Options) (*Writer, error) {
 	if err := opts.complete(); err != nil {
 		return nil, err
 	}
-	if opts.Parent != nil && opts.Parent.source.blobs != Blobs(dirBlobs(s.dir)) {
+	if opts.Parent != nil && !opts.Parent.source.isDir(s.dir) {
 		return nil, fmt.Errorf("%w: the parent, %s, is not in store %s", ErrInvalid, opts.Parent.Entry().Path, s.dir)
 	}
 	key, err := age.GenerateX25519Identity()
@@ -384,7 +383,7 @@ func (w *Writer) publishPacks(h *Header) error {
 			continue
 		}
 		path := s.PackPath(p.id)
-		fi, err := os.Stat(path)
+		fi, err := s.files.Stat(path)
 		if err == nil && uint64(fi.Size()) != p.fileSize {
 			err = fmt.Errorf("%w: pack has %d bytes, not %d", ErrCorrupt, fi.Size(), p.fileSize)
 		}
