@@ -76,7 +76,7 @@ type source struct {
 
 // openReader is Store.Open.
 func (s *source) openReader(id ID, identities []age.Identity) (*Reader, error) {
-	f, err := s.openManifest(id)
+	f, err := s.openManifest(manifestName(id))
 	if err != nil {
 		return nil, err
 	}
@@ -90,13 +90,13 @@ func (s *source) openReader(id ID, identities []age.Identity) (*Reader, error) {
 }
 
 // openManifest opens a manifest; that there is none is ErrNotFound.
-func (s *source) openManifest(id ID) (*sourceBlob, error) {
-	f, err := s.open(manifestName(id))
+func (s *source) openManifest(name string) (*sourceBlob, error) {
+	f, err := s.open(name)
 	if errors.Is(err, fs.ErrNotExist) {
 		err = fmt.Errorf("snapshot %w: %w", ErrNotFound, err)
 	}
 	if err != nil {
-		return nil, fileError("open", s.path(manifestName(id)), err)
+		return nil, fileError("open", s.path(name), err)
 	}
 	return f, nil
 }

@@ -258,7 +258,7 @@ func sumOf(tree map[string][]byte) (sum [sha256.Size]byte) {
 	h := sha256.New()
 	for _, path := range slices.Sorted(maps.Keys(tree)) {
 		fmt.Fprintf(h, "%s %v ", path, tree[path] == nil)
-		if !strings.Contains(path, tempPrefix) {
+		if !strings.Contains(path, tempPrefix) && !strings.Contains(path, deletedPrefix) {
 			fmt.Fprintf(h, "%x", sha256.Sum256(tree[path]))
 		}
 	}

@@ -65,7 +65,8 @@ func (f *unnamedFile) Publish(path string) error {
 		return &fs.PathError{Op: "publish", Path: path, Err: err}
 	}
 	f.done = true
-	return f.Close()
+	_ = f.Close() // what was synced and has its name is there
+	return nil
 }
 
 func (f *unnamedFile) Discard() error {

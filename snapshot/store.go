@@ -108,8 +108,12 @@ func (e Entry) StoredBytes() uint64 { return e.ManifestBytes + e.PackBytes }
 // Header returns what anybody may know of a snapshot, without a key and
 // therefore unauthenticated. Errors: ErrNotFound, ErrCorrupt, ErrFormat, ErrVersion.
 func (s *Store) Header(id ID) (Entry, error) {
-	path := s.ManifestPath(id)
-	f, err := s.source().openManifest(id)
+	return s.headerAt(s.ManifestPath(id), id)
+}
+
+// headerAt is Header of a manifest that may have another name.
+func (s *Store) headerAt(path string, id ID) (Entry, error) {
+	f, err := s.source().openManifest(manifestDir + "/" + filepath.Base(path))
 	if err != nil {
 		return Entry{}, err
 	}
@@ -170,34 +174,60 @@ func (s *Store) listIDs(dir, ext string) ([]ID, error) {
 	return ids, nil
 }
 
-// makeDirs makes the store's directories, durably.
+// makeDirs makes the store's directories, durably. That they are there says nothing: who made them may have died, or have been
+// told that the disk had failed, before that was synced. A snapshot says that somebody has succeeded.
 func (s *Store) makeDirs() error {
-	for _, dir := range []string{s.dir, s.packs(), s.manifests()} {
-		if _, err := s.files.Stat(dir); err == nil {
-			continue
+	missing := false
+	for _, dir := range []string{s.packs(), s.manifests()} {
+		_, err := s.files.Stat(dir)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fileError("make", dir, err)
 		}
+		missing = missing || err != nil
+	}
+	if !missing {
+		ids, err := s.listIDs(s.manifests(), manifestExt)
+		if err != nil {
+			return fileError("make", s.manifests(), err)
+		}
+		if len(ids) > 0 {
+			return nil
+		}
+	}
+	for _, dir := range []string{s.packs(), s.manifests()} {
 		if err := s.makeDir(dir); err != nil {
 			return err
 		}
 	}
-	return nil
+	return s.syncNames()
 }
 
 // makeDir makes a directory, and those above it that are not there.
 func (s *Store) makeDir(dir string) error {
-	parent := filepath.Dir(dir)
 	err := s.files.Mkdir(dir)
-	if errors.Is(err, fs.ErrNotExist) && parent != dir {
+	if parent := filepath.Dir(dir); errors.Is(err, fs.ErrNotExist) && parent != dir {
 		if err := s.makeDir(parent); err != nil {
 			return err
 		}
 		err = s.files.Mkdir(dir)
 	}
-	if err != nil && !errors.Is(err, fs.ErrExist) { // by another process
+	if err != nil && !errors.Is(err, fs.ErrExist) {
 		return fileError("make", dir, err)
 	}
-	if err := s.files.SyncDir(parent); err != nil {
-		return fileError("sync", parent, err)
+	return nil
+}
+
+// syncNames makes the names of the store's directories durable, and those of all that they are in.
+func (s *Store) syncNames() error {
+	for dir, last := s.dir, ""; dir != last; dir, last = filepath.Dir(dir), dir {
+		err := s.files.SyncDir(dir)
+		// Who may not read a directory has hardly made one in it; and some file systems have nothing to sync.
+		if errors.Is(err, fs.ErrPermission) || errors.Is(err, errors.ErrUnsupported) {
+			continue
+		}
+		if err != nil {
+			return fileError("sync", dir, err)
+		}
 	}
 	return nil
 }

@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 )
 
@@ -33,8 +34,11 @@ type fault struct {
 	at      int // the step, from 1
 	err     error
 	how     faultKind
-	hit     string // the step that failed
 	forever bool
+
+	hit    string // the step that failed
+	looks  bool   // that changes nothing
+	logged int    // how much was logged before
 }
 
 type faultKind int
@@ -55,7 +59,7 @@ func (f *testFiles) step(what string) *fault {
 		return nil
 	}
 	if x.hit == "" {
-		x.hit = what
+		x.hit, x.logged = what, len(f.log)
 	}
 	return x
 }
@@ -93,6 +97,7 @@ func (x *fault) wrap(what, path string) error {
 // look is a step that changes nothing.
 func look[T any](f *testFiles, what, path string, op func() (T, error)) (T, error) {
 	if x := f.step(what); x != nil && x.err != nil {
+		x.looks = true
 		var zero T
 		return zero, x.wrap(what, path)
 	}
@@ -132,9 +137,11 @@ type testBlob struct {
 
 func (b *testBlob) ReadAt(p []byte, off int64) (int, error) {
 	x := b.f.step("read")
-	switch {
-	case x == nil:
+	if x == nil {
 		return b.Blob.ReadAt(p, off)
+	}
+	x.looks = true
+	switch {
 	case x.how == failShort:
 		n, _ := b.Blob.ReadAt(p[:len(p)/2], off)
 		return n, x.wrap("read", b.path)
@@ -160,6 +167,9 @@ func (f *testFiles) Remove(path string) error {
 }
 
 func (f *testFiles) SyncDir(dir string) error {
+	if strings.HasPrefix(f.rel(dir), "..") { // it was there before the model
+		return nil
+	}
 	there := func() error { _, err := os.Stat(dir); return err }
 	return f.do("sync directory", dir, there, func(m *crashModel) { m.syncDir(f.rel(dir)) })
 }
