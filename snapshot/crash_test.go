@@ -10,14 +10,6 @@ import (
 	"testing"
 )
 
-// bases are the file systems that a store finds: with files that have no name while they are written, and without.
-var bases = map[string]fileSystem{"unnamed": osFiles{}, "named": namedFiles{}}
-
-// namedFiles is the file system of an operating system without unnamed files.
-type namedFiles struct{ osFiles }
-
-func (namedFiles) Stage(dir string) (stagedFile, error) { return stageNamed(dir) }
-
 // thorough says whether to look at more of everything.
 func thorough() bool { return os.Getenv("CRYOVISOR_LONG") != "" }
 
@@ -81,8 +73,8 @@ func crashAfterFailure(t *testing.T, base fileSystem, op *operation, x fault, to
 	if x.looks && x.forever {
 		return false // as if it had died at the next change
 	}
-	if x.hit == "write" && x.at%4 != 0 && !thorough() {
-		return false // there are many, and one is like the other
+	if alike(x.hit, x.at) {
+		return false
 	}
 	c.what += "hit " + x.hit + ", "
 	e, ended := c.w.during(op), len(c.files.log)

@@ -104,8 +104,11 @@ type Garbage struct {
 // if the header of any manifest can't be read, for that may name any pack.
 func (s *Store) Collect(ctx context.Context) (Garbage, error) {
 	var g Garbage
-	if _, err := s.files.Stat(s.manifests()); errors.Is(err, fs.ErrNotExist) {
+	switch _, err := s.files.Stat(s.manifests()); {
+	case errors.Is(err, fs.ErrNotExist):
 		return g, nil // packs come later
+	case err != nil:
+		return g, fileError("collect", s.manifests(), err)
 	}
 	unlock, err := s.lock(true)
 	if err != nil {
@@ -160,9 +163,12 @@ func (s *Store) removePacks(ctx context.Context, packs []ID, needed map[ID]bool)
 		if err := ctx.Err(); err != nil {
 			return g, err
 		}
+		if needed[id] {
+			continue
+		}
 		path := s.PackPath(id)
 		fi, err := s.files.Stat(path)
-		if needed[id] || errors.Is(err, fs.ErrNotExist) {
+		if errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
 		if err != nil {

@@ -47,6 +47,7 @@ const (
 	failBefore faultKind = iota // nothing is done
 	failAfter                   // it is done, and reported as failed
 	failShort                   // half of it is done, for reads and writes; err may be nil then
+	failWrong                   // a read delivers a wrong bit, and no error
 )
 
 // step counts a step, and says whether it fails.
@@ -73,17 +74,20 @@ func (f *testFiles) record(what string, apply func(*crashModel)) {
 // do is a step that changes something.
 func (f *testFiles) do(what, path string, op func() error, apply func(*crashModel)) error {
 	x := f.step(what)
+	if x != nil && x.err == nil {
+		x = nil // what can't be done by half
+	}
 	if x != nil && x.how != failAfter {
 		return x.wrap(what, path)
 	}
-	if err := op(); err != nil {
-		return err
+	err := op()
+	if err == nil {
+		f.record(what, apply)
 	}
-	f.record(what, apply)
 	if x != nil {
 		return x.wrap(what, path)
 	}
-	return nil
+	return err
 }
 
 // wrap is the error as the operating system's file system returns it.
@@ -96,7 +100,7 @@ func (x *fault) wrap(what, path string) error {
 
 // look is a step that changes nothing.
 func look[T any](f *testFiles, what, path string, op func() (T, error)) (T, error) {
-	if x := f.step(what); x != nil && x.err != nil {
+	if x := f.step(what); x != nil && x.err != nil && x.err != io.EOF { //nolint:errorlint // that is of reads
 		x.looks = true
 		var zero T
 		return zero, x.wrap(what, path)
@@ -142,11 +146,18 @@ func (b *testBlob) ReadAt(p []byte, off int64) (int, error) {
 	}
 	x.looks = true
 	switch {
+	case x.how == failShort && x.err == io.EOF: //nolint:errorlint // the file looks as if it ended there
+		n, _ := b.Blob.ReadAt(p[:len(p)/2], off)
+		return n, io.EOF
 	case x.how == failShort:
 		n, _ := b.Blob.ReadAt(p[:len(p)/2], off)
 		return n, x.wrap("read", b.path)
-	case x.err == nil:
-		return b.Blob.ReadAt(p, off)
+	case x.how == failWrong:
+		n, err := b.Blob.ReadAt(p, off)
+		if n > 0 {
+			p[len(b.f.trace)*7919%n] ^= 1 << (x.at % 8)
+		}
+		return n, err
 	}
 	return 0, x.wrap("read", b.path)
 }
@@ -273,7 +284,7 @@ func (s *testStaged) Discard() error {
 	if s.temp == "" {
 		return s.stagedFile.Discard()
 	}
-	if x := s.f.step("discard"); x != nil {
+	if x := s.f.step("discard"); x != nil && x.err != nil {
 		s.stagedFile.(*namedFile).Close()
 		return x.wrap("remove", s.temp)
 	}
@@ -301,6 +312,9 @@ type testOverwritten struct {
 func (o *testOverwritten) WriteAt(p []byte, off int64) (int, error) {
 	x := o.f.step("overwrite")
 	part := p
+	if x != nil && x.err == nil {
+		x = nil
+	}
 	if x != nil {
 		part = p[:len(p)/2]
 	}
