@@ -116,26 +116,27 @@ func (c *crashes) secondAttempt(op *operation, e expectation) {
 
 // crashes are those of one operation.
 type crashes struct {
-	t     *testing.T
-	w     *world
-	lab   *lab
-	files *testFiles
-	start map[string][]byte // what was there before
-	rnd   *rand.Rand
-	what  string // for messages
-	seen  map[string]bool
-	light bool // not to use the store much after each crash
+	t       *testing.T
+	w       *world
+	lab     *lab
+	files   *testFiles
+	start   map[string][]byte // what was there before
+	rnd     *rand.Rand
+	scratch string // for what survives
+	what    string // for messages
+	seen    map[string]bool
+	light   bool // not to use the store much after each crash
 
 	points, states int // crashes, and those that differ from all before
 }
 
 func newCrashes(t *testing.T, w *world, base fileSystem, op *operation) *crashes {
 	t.Helper()
-	c := &crashes{t: t, w: w, rnd: testRand(t), seen: map[string]bool{}}
+	c := &crashes{t: t, w: w, scratch: fastDir(t), rnd: testRand(t), seen: map[string]bool{}}
 	if c.start = c.w.tree; op.empty {
 		c.start = map[string][]byte{"var": nil}
 	}
-	dir := t.TempDir()
+	dir := fastDir(t)
 	writeTree(t, dir, c.start)
 	c.files = &testFiles{base: base, root: dir}
 	c.lab = c.w.lab(t, dir, c.files)
@@ -198,7 +199,7 @@ func (c *crashes) last(k int) string {
 
 // survive goes on after a crash.
 func (c *crashes) survive(tree map[string][]byte, e expectation) error {
-	dir, err := os.MkdirTemp(c.t.TempDir(), "")
+	dir, err := os.MkdirTemp(c.scratch, "")
 	if err != nil {
 		return err
 	}

@@ -176,7 +176,7 @@ var readFaults = []struct {
 // between. Nothing wrong may come of it, and what the error says must be so: the storage's faults may pass, and damage does not.
 func TestFaultyReads(t *testing.T) {
 	w := newWorld(t)
-	dir := t.TempDir()
+	dir := fastDir(t)
 	writeTree(t, dir, w.tree)
 	for _, opts := range []OpenOptions{{BlockSize: -1}, {BlockSize: 8 << 10, CacheBytes: 16 << 10}, {}} {
 		for how, read := range map[string]func(*world, *Reader) error{"chunks": readChunks, "batch": readBatch, "verify": readVerify} {

@@ -40,7 +40,7 @@ const worldPages = 24
 // newWorld makes the snapshots, and garbage as processes leave it that die.
 func newWorld(t *testing.T) *world {
 	t.Helper()
-	dir := t.TempDir()
+	dir := fastDir(t)
 	w := &world{key: newKey(t), holds: map[ID]*held{}}
 	l := w.lab(t, dir, quickFiles{})
 	rnd := testRand(t)
@@ -393,3 +393,18 @@ type (
 
 func (quickStaged) Sync() error      { return nil }
 func (quickOverwritten) Sync() error { return nil }
+
+// fastDir is a directory for a test that makes thousands of files: in memory, where that can be had.
+func fastDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("/dev/shm", "cryovisor-test-")
+	if err != nil {
+		return t.TempDir()
+	}
+	t.Cleanup(func() {
+		if err := os.RemoveAll(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	return dir
+}
