@@ -233,10 +233,10 @@ type result struct {
 func (v *traveller) result() *result {
 	v.t.Helper()
 	s := v.state()
-	// The guest holds in a loop of a few instructions, and stops anywhere in it.
+	// The guest holds in a loop of a few instructions, which counts in RCX, and stops anywhere in it.
 	for i := range s.VCPUs {
 		r := &s.VCPUs[i].Regs
-		r.RIP, r.RAX, r.RFLAGS = 0, 0, 0
+		r.RIP, r.RAX, r.RCX, r.RFLAGS = 0, 0, 0, 0
 	}
 	return &result{
 		memory: v.sum(v.m.VM.Memory(), travelMemory), raw: v.sum(v.m.DiskDevice("raw"), 1<<20),
