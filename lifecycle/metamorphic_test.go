@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -162,7 +163,7 @@ func (v *traveller) write(gpa uint64, b []byte) {
 // storeAway stores the machine, and ends it.
 func (v *traveller) storeAway() snapshot.ID {
 	v.t.Helper()
-	p, err := v.m.Pause(v.t.Context(), v.guest.store, lifecycle.PauseOptions{
+	p, err := v.m.Pause(v.t.Context(), v.store, lifecycle.PauseOptions{
 		Recipients: []age.Recipient{v.key.Recipient()}, Full: v.full, Workers: v.workers,
 	})
 	if err != nil {
@@ -178,7 +179,7 @@ func (v *traveller) storeAway() snapshot.ID {
 // resumed resumes a snapshot. The machine stands still.
 func (v *traveller) resumed(id snapshot.ID) *lifecycle.Machine {
 	v.t.Helper()
-	m, err := lifecycle.Resume(v.t.Context(), v.guest.store, id, lifecycle.ResumeOptions{
+	m, err := lifecycle.Resume(v.t.Context(), v.store, id, lifecycle.ResumeOptions{
 		Identities: []age.Identity{v.key}, Hardware: v.hardware(v.steps), Disks: v.disks, Eager: v.eager,
 	})
 	if errors.Is(err, vmm.ErrNoUserfaultfd) {
@@ -275,6 +276,8 @@ func (v *traveller) state() *vmm.State {
 	if err != nil {
 		v.t.Fatal(err)
 	}
+	// A snapshot has sections in the order of their names; a device's slot is in its state.
+	slices.SortFunc(s.Devices, func(a, b vmm.DeviceState) int { return strings.Compare(a.Name, b.Name) })
 	clear(s.VM.Clock)
 	for channel := range 3 {
 		clear(s.VM.PIT[channel*24+16:][:8]) // when it was loaded

@@ -20,14 +20,14 @@ func (v *traveller) transcode(id snapshot.ID) snapshot.ID {
 	opts := snapshot.Options{Recipients: []age.Recipient{v.key.Recipient()}, Codec: v.codec, Workers: v.workers, ChunkSize: 24 << 10}
 	parent := r.Header().Parent
 	if parent.IsZero() {
-		info, err := v.guest.store.Flatten(v.t.Context(), r, opts)
+		info, err := v.store.Flatten(v.t.Context(), r, opts)
 		if err != nil {
 			v.t.Fatal(err)
 		}
 		return info.ID
 	}
 	opts.Parent = v.read(parent)
-	w, err := v.guest.store.Create(v.t.Context(), opts)
+	w, err := v.store.Create(v.t.Context(), opts)
 	if err != nil {
 		v.t.Fatal(err)
 	}
@@ -42,6 +42,7 @@ func (v *traveller) transcode(id snapshot.ID) snapshot.ID {
 		d := r.Disk(i)
 		contents.Disks = append(contents.Disks, snapshot.Disk{
 			Index: i, Size: snapshot.DiskStride, Layered: true, Data: d.Held(), ReadAt: heldDisk{d}.ReadAt,
+			Zeros: without(opts.Parent.Disk(i).Held(), d),
 		})
 	}
 	if err := w.Write(v.t.Context(), contents); err != nil {
@@ -56,7 +57,7 @@ func (v *traveller) transcode(id snapshot.ID) snapshot.ID {
 
 func (v *traveller) read(id snapshot.ID) *snapshot.Reader {
 	v.t.Helper()
-	r, err := v.guest.store.Open(v.t.Context(), id, v.key)
+	r, err := v.store.Open(v.t.Context(), id, v.key)
 	if err != nil {
 		v.t.Fatal(err)
 	}
@@ -89,6 +90,18 @@ func changed(before, now []byte) *snapshot.Memory {
 		}
 	}
 	return m
+}
+
+// without are the blocks of ranges that a snapshot does not hold, one by one.
+func without(ranges []snapshot.Range, d *snapshot.DiskReader) (out []snapshot.Range) {
+	for _, r := range ranges {
+		for at := r.GPA; at < r.GPA+r.Len; at += snapshot.PageSize {
+			if _, _, chunk, _ := d.Lookup(int64(at)); chunk < 0 {
+				out = append(out, snapshot.Range{GPA: at, Len: snapshot.PageSize})
+			}
+		}
+	}
+	return out
 }
 
 // heldDisk reads what a snapshot holds of a disk.

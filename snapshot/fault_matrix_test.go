@@ -142,7 +142,7 @@ func (x *fault) reported(err error) error {
 		return nil
 	}
 	if !slices.ContainsFunc(want, func(w error) bool { return errors.Is(err, w) }) {
-		return fmt.Errorf("it is %v, want one of %v", err, want)
+		return fmt.Errorf("it is %w, want one of %v", err, want)
 	}
 	return nil
 }
@@ -212,11 +212,11 @@ func (x *fault) judge(err error, want []error, cached bool) error {
 		return nil
 	}
 	if !slices.ContainsFunc(want, func(w error) bool { return errors.Is(err, w) }) {
-		return fmt.Errorf("error %v, want %v", err, want)
+		return fmt.Errorf("error %w, want %v", err, want)
 	}
 	fe := (*FileError)(nil)
 	if !errors.As(err, &fe) {
-		return fmt.Errorf("error %v names no file", err)
+		return fmt.Errorf("error %w names no file", err)
 	}
 	if damage := x.how == failWrong || x.err == io.EOF; fe.Temporary() == damage { //nolint:errorlint // as above
 		return fmt.Errorf("error %v is temporary: %v", err, fe.Temporary())
