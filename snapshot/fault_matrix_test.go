@@ -118,6 +118,11 @@ func (w *world) fail(t *testing.T, base fileSystem, op *operation, x fault) stri
 			err = nil
 		}
 		fatal("second attempt", err)
+		if op.removes != nil { // the keys are in it
+			if _, err := osFiles.Stat(osFiles{}, c.lab.deletedPath(op.removes(w))); err == nil {
+				fatal("after the second attempt", errors.New("the manifest is still there"))
+			}
+		}
 		after := w.after(op, again)
 		if x.forever && op.removes == nil {
 			after.may[ID{}] = true
