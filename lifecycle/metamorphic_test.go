@@ -3,6 +3,7 @@
 package lifecycle_test
 
 import (
+	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -124,7 +125,10 @@ func travel(t *testing.T, w way, actions []action) *result {
 // hold waits until the guest has made its steps, and stops the machine.
 func (v *traveller) hold() {
 	v.t.Helper()
-	if _, err := v.device.WaitHeld(v.t.Context()); err != nil {
+	ctx, cancel := context.WithCancelCause(v.t.Context())
+	defer cancel(nil)
+	go func() { cancel(v.m.VM.Wait(ctx)) }() // a guest that has ended never holds
+	if _, err := v.device.WaitHeld(ctx); err != nil {
 		v.t.Fatal(err)
 	}
 	if err := v.m.VM.Pause(v.t.Context()); err != nil {
