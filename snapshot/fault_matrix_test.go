@@ -224,7 +224,7 @@ func (x *fault) judge(err error, want []error, cached bool) error {
 		return fmt.Errorf("error %w names no file", err)
 	}
 	if damage := x.how == failWrong || x.err == io.EOF; fe.Temporary() == damage { //nolint:errorlint // as above
-		return fmt.Errorf("error %v is temporary: %v", err, fe.Temporary())
+		return fmt.Errorf("error %w is temporary: %v", err, fe.Temporary())
 	}
 	return nil
 }
