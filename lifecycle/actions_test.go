@@ -93,7 +93,7 @@ func discarding(rnd *rand.Rand) action {
 func changingDisk(rnd *rand.Rand) action {
 	disk := []string{"raw", "blank"}[rnd.IntN(2)]
 	n := 512 * (1 + rnd.Int64N(200))
-	off := rnd.Int64N((1<<20-n)/512) * 512
+	off := 256<<10 + rnd.Int64N((768<<10-n)/512)*512 // the image ends in there
 	b := someBytes(rnd, int(n))
 	how := rnd.IntN(4)
 	return action{fmt.Sprintf("disk %s: change %d of %d bytes at %d", disk, how, n, off), func(v *traveller) {

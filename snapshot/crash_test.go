@@ -27,6 +27,7 @@ func TestCrash(t *testing.T) {
 					t.Fatal(err)
 				}
 				c.checkRecorder()
+				c.checkShredded(&op)
 				for k := range len(c.files.log) {
 					c.crashAt(k, c.w.during(&op))
 				}
@@ -152,6 +153,20 @@ func (c *crashes) checkRecorder() {
 	m := c.replay(len(c.files.log))
 	if !maps.EqualFunc(m.survivors(choice{how: everything}), readTree(c.t, c.files.root), bytes.Equal) {
 		c.t.Fatal("something was changed past the file system of the store")
+	}
+}
+
+// checkShredded wants what was deleted to be gone from the disk, and not just its name.
+func (c *crashes) checkShredded(op *operation) {
+	c.t.Helper()
+	if op.removes == nil {
+		return
+	}
+	was := c.start[storeAt+"/"+manifestName(op.removes(c.w))]
+	for _, n := range c.replay(len(c.files.log)).open {
+		if bytes.Equal(n.durable, was) {
+			c.t.Fatal("the manifest is still on the disk")
+		}
 	}
 }
 
