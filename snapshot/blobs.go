@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"path/filepath"
 
 	"filippo.io/age"
@@ -58,29 +57,15 @@ func OpenFrom(ctx context.Context, blobs Blobs, id ID, opts OpenOptions, identit
 }
 
 // dirBlobs are the files of the store in a directory.
-type dirBlobs string
-
-func (d dirBlobs) Open(name string) (Blob, error) {
-	f, err := os.Open(d.path(name))
-	if err != nil {
-		return nil, err
-	}
-	fi, err := f.Stat()
-	if err != nil {
-		f.Close()
-		return nil, err
-	}
-	return fileBlob{f, fi.Size()}, nil
+type dirBlobs struct {
+	dir   string
+	files fileSystem
 }
 
-func (d dirBlobs) path(name string) string { return filepath.Join(string(d), filepath.FromSlash(name)) }
+func (d dirBlobs) Open(name string) (Blob, error) { return d.files.Open(inDir(d.dir, name)) }
 
-type fileBlob struct {
-	*os.File
-	size int64
-}
-
-func (f fileBlob) Size() int64 { return f.size }
+// inDir is the path of a file that has this name in the store in a directory.
+func inDir(dir, name string) string { return filepath.Join(dir, filepath.FromSlash(name)) }
 
 // source is where a Reader reads from, and by way of what.
 type source struct {
@@ -90,7 +75,7 @@ type source struct {
 
 // openReader is Store.Open.
 func (s *source) openReader(id ID, identities []age.Identity) (*Reader, error) {
-	f, err := s.openManifest(id)
+	f, err := s.openManifest(manifestName(id))
 	if err != nil {
 		return nil, err
 	}
@@ -104,10 +89,10 @@ func (s *source) openReader(id ID, identities []age.Identity) (*Reader, error) {
 }
 
 // openManifest opens a manifest; that there is none is ErrNotFound.
-func (s *source) openManifest(id ID) (*sourceBlob, error) {
-	f, err := s.open(manifestName(id))
+func (s *source) openManifest(name string) (*sourceBlob, error) {
+	f, err := s.open(name)
 	if err != nil {
-		return nil, fileError("open", s.path(manifestName(id)), notFound(err))
+		return nil, fileError("open", s.path(name), notFound(err))
 	}
 	return f, nil
 }
@@ -120,10 +105,16 @@ func (s *source) open(name string) (*sourceBlob, error) {
 	return &sourceBlob{b, s.cache}, nil
 }
 
+// isDir says whether the blobs are the store in a directory.
+func (s *source) isDir(dir string) bool {
+	d, ok := s.blobs.(dirBlobs)
+	return ok && d.dir == dir
+}
+
 // path is the name of a blob for messages.
 func (s *source) path(name string) string {
 	if d, ok := s.blobs.(dirBlobs); ok {
-		return d.path(name)
+		return inDir(d.dir, name)
 	}
 	return name
 }

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"strings"
 	"time"
@@ -42,31 +41,53 @@ func (s *Store) delete(ctx context.Context, id ID, neededOf func(packs []ID) (ma
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	if _, err := os.Lstat(s.ManifestPath(id)); errors.Is(err, fs.ErrNotExist) {
-		return &FileError{Op: "delete", Path: s.ManifestPath(id), Offset: -1, Err: fmt.Errorf("snapshot %w: %w", ErrNotFound, fs.ErrNotExist)}
+	if _, err := s.findDoomed(id); err != nil {
+		return err
 	}
 	unlock, err := s.lock(true)
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	// A header that can't be read tells no packs; Collect finds them.
-	entry, headerErr := s.Header(id)
-	if errors.Is(headerErr, ErrNotFound) {
-		return headerErr
-	}
-	if err := s.shredManifest(id); err != nil {
+	path, err := s.findDoomed(id) // nobody else deletes it now
+	if err != nil {
 		return err
 	}
-	if headerErr != nil {
-		return nil
+	entry, headerErr := s.headerAt(path, id)
+	if err := s.shredManifest(id, path); err != nil {
+		return err
 	}
-	needed, err := neededOf(entry.Packs)
+	if fe := (*FileError)(nil); errors.As(headerErr, &fe) && !fe.Temporary() {
+		return nil // a header that is damaged tells no packs; Collect finds them
+	}
+	needed, err := map[ID]bool(nil), headerErr
+	if err == nil {
+		needed, err = neededOf(entry.Packs)
+	}
 	if err != nil {
 		return fmt.Errorf("snapshot %v is deleted, its packs are left for Collect: %w", id, err)
 	}
 	_, err = s.removePacks(ctx, entry.Packs, needed)
 	return err
+}
+
+// findDoomed returns the path of a manifest that is to be deleted: that of its snapshot, or that of a deletion which has
+// failed after it was begun.
+func (s *Store) findDoomed(id ID) (string, error) {
+	for _, path := range []string{s.ManifestPath(id), s.deletedPath(id)} {
+		_, err := s.files.Stat(path)
+		if err == nil {
+			return path, nil
+		}
+		if !errors.Is(err, fs.ErrNotExist) {
+			return "", fileError("delete", path, err)
+		}
+	}
+	return "", fileError("delete", s.ManifestPath(id), fmt.Errorf("snapshot %w: %w", ErrNotFound, fs.ErrNotExist))
+}
+
+func (s *Store) deletedPath(id ID) string {
+	return filepath.Join(s.manifests(), deletedPrefix+id.String())
 }
 
 // Garbage is what Collect removed.
@@ -82,19 +103,27 @@ type Garbage struct {
 // if the header of any manifest can't be read, for that may name any pack.
 func (s *Store) Collect(ctx context.Context) (Garbage, error) {
 	var g Garbage
-	if _, err := os.Stat(s.dir); errors.Is(err, fs.ErrNotExist) {
-		return g, nil
+	switch _, err := s.files.Stat(s.manifests()); {
+	case errors.Is(err, fs.ErrNotExist):
+		return g, nil // packs come later
+	case err != nil:
+		return g, fileError("collect", s.manifests(), err)
 	}
 	unlock, err := s.lock(true)
 	if err != nil {
 		return g, err
 	}
 	defer unlock()
+	// A manifest that went away without being synced, as its process died or the disk failed, can come back by a crash:
+	// not before its packs are gone, nor when it has been overwritten.
+	if err := s.files.SyncDir(s.manifests()); err != nil {
+		return g, fileError("sync", s.manifests(), err)
+	}
 	needed, err := s.neededPacks()
 	if err != nil {
 		return g, err
 	}
-	all, err := listIDs(s.packs(), packExt)
+	all, err := s.listIDs(s.packs(), packExt)
 	if err != nil {
 		return g, err
 	}
@@ -133,9 +162,12 @@ func (s *Store) removePacks(ctx context.Context, packs []ID, needed map[ID]bool)
 		if err := ctx.Err(); err != nil {
 			return g, err
 		}
+		if needed[id] {
+			continue
+		}
 		path := s.PackPath(id)
-		fi, err := os.Lstat(path)
-		if needed[id] || errors.Is(err, fs.ErrNotExist) {
+		fi, err := s.files.Stat(path)
+		if errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
 		if err != nil {
@@ -158,7 +190,7 @@ func (s *Store) removePacks(ctx context.Context, packs []ID, needed map[ID]bool)
 
 // removeTemps removes temporary files that nobody can be using.
 func (s *Store) removeTemps(dir string) (int, error) {
-	names, err := os.ReadDir(dir)
+	names, err := s.files.ReadDir(dir)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return 0, err
 	}
@@ -187,12 +219,13 @@ func stale(e fs.DirEntry) bool {
 }
 
 // shredManifest makes a snapshot disappear, and then its keys. The rename comes
-// first, so that nobody ever sees a manifest that is half overwritten.
-func (s *Store) shredManifest(id ID) error {
-	path := s.ManifestPath(id)
-	doomed := filepath.Join(s.manifests(), deletedPrefix+id.String())
-	if err := os.Rename(path, doomed); err != nil {
-		return fileError("delete", path, err)
+// first, so that nobody ever sees a manifest that is half overwritten. path is where the manifest is.
+func (s *Store) shredManifest(id ID, path string) error {
+	doomed := s.deletedPath(id)
+	if path != doomed {
+		if err := s.files.Rename(path, doomed); err != nil {
+			return fileError("delete", path, err)
+		}
 	}
 	if err := s.files.SyncDir(s.manifests()); err != nil {
 		return fileError("sync", s.manifests(), err)
@@ -206,12 +239,12 @@ func (s *Store) shredManifest(id ID) error {
 // shred overwrites a file with random bytes, waits until they are on stable
 // storage, and removes it.
 func (s *Store) shred(path string) error {
-	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	f, err := s.files.Overwrite(path)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	if err := s.files.Overwrite(f, 0); err != nil {
+	if err := overwrite(f, 0); err != nil {
 		return err
 	}
 	if err := f.Close(); err != nil {

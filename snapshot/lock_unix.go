@@ -3,6 +3,8 @@
 package snapshot
 
 import (
+	"errors"
+	"fmt"
 	"os"
 	"syscall"
 )
@@ -20,12 +22,17 @@ func lockFile(f *os.File, exclusive bool) error {
 	}
 }
 
-// syncDir waits until the names in dir are on stable storage.
+// syncDir waits until the names in dir are on stable storage. The error wraps errors.ErrUnsupported where directories can't be
+// synced.
 func syncDir(dir string) error {
 	d, err := os.Open(dir)
 	if err != nil {
 		return err
 	}
 	defer d.Close()
-	return d.Sync()
+	err = d.Sync()
+	if errors.Is(err, syscall.EINVAL) {
+		err = fmt.Errorf("%w: %w", errors.ErrUnsupported, err)
+	}
+	return err
 }

@@ -66,6 +66,9 @@ type countingWriter struct {
 func (c *countingWriter) Write(p []byte) (int, error) {
 	n, err := c.w.Write(p)
 	c.n += uint64(n)
+	if n < len(p) && err == nil {
+		err = io.ErrShortWrite // age does not look
+	}
 	if err != nil {
 		c.err = err
 	}

@@ -57,7 +57,7 @@ func (s *Store) Rekey(ctx context.Context, id ID, identities []age.Identity, rec
 // rekey is an attempt at Rekey. It is not done if another manifest has taken the place of the one that it read.
 func (s *Store) rekey(ctx context.Context, id ID, identities []age.Identity, recipients []age.Recipient) (done bool, err error) {
 	path := s.ManifestPath(id)
-	old, err := os.OpenFile(path, os.O_RDWR, 0)
+	old, err := s.files.Overwrite(path)
 	if err != nil {
 		return false, fileError("open", path, notFound(err))
 	}
@@ -66,7 +66,7 @@ func (s *Store) rekey(ctx context.Context, id ID, identities []age.Identity, rec
 	if err != nil {
 		return false, fileError("open", path, err)
 	}
-	m, err := readManifest(&sourceBlob{Blob: fileBlob{old, fi.Size()}}, id, identities)
+	m, err := readManifest(&sourceBlob{Blob: old}, id, identities)
 	if err != nil && s.replaced(id, fi) {
 		return false, nil
 	}
@@ -85,7 +85,7 @@ func (s *Store) rekey(ctx context.Context, id ID, identities []age.Identity, rec
 }
 
 // replaceManifest puts a new manifest into the place of the old one, unless that has lost it already.
-func (s *Store) replaceManifest(id ID, old *os.File, headerBytes int64, staged stagedFile) (done bool, err error) {
+func (s *Store) replaceManifest(id ID, old overwrittenFile, headerBytes int64, staged stagedFile) (done bool, err error) {
 	path := s.ManifestPath(id)
 	was, err := old.Stat()
 	if err != nil {
@@ -96,7 +96,7 @@ func (s *Store) replaceManifest(id ID, old *os.File, headerBytes int64, staged s
 		return false, err
 	}
 	defer unlock()
-	now, err := os.Stat(path)
+	now, err := s.files.Stat(path)
 	if err != nil {
 		return false, fileError("replace", path, notFound(err))
 	}
@@ -117,7 +117,7 @@ func (s *Store) replaceManifest(id ID, old *os.File, headerBytes int64, staged s
 		return true, nil
 	}
 	// Who is just reading the header finds what is in the new manifest as well.
-	if err := s.files.Overwrite(old, headerBytes); err != nil {
+	if err := overwrite(old, headerBytes); err != nil {
 		return false, fileError("overwrite", path, err)
 	}
 	return true, nil
@@ -125,10 +125,7 @@ func (s *Store) replaceManifest(id ID, old *os.File, headerBytes int64, staged s
 
 // replaced reports whether the manifest of a snapshot has become another file than it was, or none.
 func (s *Store) replaced(id ID, was fs.FileInfo) bool {
-	if was == nil {
-		return false
-	}
-	now, err := os.Stat(s.ManifestPath(id))
+	now, err := s.files.Stat(s.ManifestPath(id))
 	if err != nil {
 		return errors.Is(err, fs.ErrNotExist)
 	}

@@ -26,7 +26,7 @@ type farBlobs struct {
 }
 
 func (l *lab) far(trip time.Duration) *farBlobs {
-	return &farBlobs{Blobs: dirBlobs(l.Dir()), trip: trip}
+	return &farBlobs{Blobs: dirBlobs{l.Dir(), osFiles{}}, trip: trip}
 }
 
 // request is what opening and reading have in common.

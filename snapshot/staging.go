@@ -23,13 +23,29 @@ type stagedFile interface {
 	Discard() error
 }
 
-// fileSystem is what writing and rekeying need of a file system; the tests put faults in.
+// fileSystem is what a Store needs of a file system, all of it: the tests put faults in, and lose what was not synced.
 type fileSystem interface {
+	Open(path string) (Blob, error)
+	ReadDir(dir string) ([]fs.DirEntry, error)
+	Stat(path string) (fs.FileInfo, error)
+	Mkdir(dir string) error
 	Stage(dir string) (stagedFile, error)
-	SyncDir(dir string) error
+	// Overwrite opens a file to read it and to replace bytes of it.
+	Overwrite(path string) (overwrittenFile, error)
+	Rename(from, to string) error
 	Remove(path string) error
-	// Overwrite puts noise over all bytes of a file from an offset on, and syncs it.
-	Overwrite(f *os.File, from int64) error
+	// SyncDir waits until the names in a directory are on stable storage.
+	SyncDir(dir string) error
+	// Lock waits for the lock of a file, which is made if need be; Close releases it.
+	Lock(path string, exclusive bool) (io.Closer, error)
+}
+
+// overwrittenFile is a file of which bytes are being replaced in place.
+type overwrittenFile interface {
+	Blob
+	io.WriterAt
+	Stat() (fs.FileInfo, error)
+	Sync() error
 }
 
 const (
@@ -55,18 +71,56 @@ func (osFiles) Stage(dir string) (stagedFile, error) {
 	return f, err
 }
 
-func (osFiles) SyncDir(dir string) error { return syncDir(dir) }
-func (osFiles) Remove(path string) error { return os.Remove(path) }
+func (osFiles) ReadDir(dir string) ([]fs.DirEntry, error) { return os.ReadDir(dir) }
+func (osFiles) Stat(path string) (fs.FileInfo, error)     { return os.Stat(path) }
+func (osFiles) Mkdir(dir string) error                    { return os.Mkdir(dir, dirMode) }
+func (osFiles) SyncDir(dir string) error                  { return syncDir(dir) }
+func (osFiles) Rename(from, to string) error              { return os.Rename(from, to) }
+func (osFiles) Remove(path string) error                  { return os.Remove(path) }
 
-func (osFiles) Overwrite(f *os.File, from int64) error {
+func (osFiles) Open(path string) (Blob, error) { return openSized(path, os.O_RDONLY) }
+
+func (osFiles) Overwrite(path string) (overwrittenFile, error) { return openSized(path, os.O_RDWR) }
+
+func (osFiles) Lock(path string, exclusive bool) (io.Closer, error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, fileMode)
+	if err != nil {
+		return nil, err
+	}
+	if err := lockFile(f, exclusive); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+// sizedFile is an open file that knows its size.
+type sizedFile struct {
+	*os.File
+	size int64
+}
+
+func (f sizedFile) Size() int64 { return f.size }
+
+func openSized(path string, flag int) (overwrittenFile, error) {
+	f, err := os.OpenFile(path, flag, 0)
+	if err != nil {
+		return nil, err
+	}
 	fi, err := f.Stat()
 	if err != nil {
-		return err
+		f.Close()
+		return nil, err
 	}
+	return sizedFile{f, fi.Size()}, nil
+}
+
+// overwrite puts noise over all bytes of a file from an offset on, and waits until that is on stable storage.
+func overwrite(f overwrittenFile, from int64) error {
 	noise := make([]byte, 64<<10)
-	for at := from; at < fi.Size(); at += int64(len(noise)) {
+	for at := from; at < f.Size(); at += int64(len(noise)) {
 		_, _ = rand.Read(noise) // never fails, by its documentation
-		if _, err := f.WriteAt(noise[:min(int64(len(noise)), fi.Size()-at)], at); err != nil {
+		if _, err := f.WriteAt(noise[:min(int64(len(noise)), f.Size()-at)], at); err != nil {
 			return err
 		}
 	}

@@ -62,7 +62,8 @@ func (f *unnamedFile) Publish(path string) error {
 		return err
 	}
 	f.done = true
-	return f.Close()
+	_ = f.Close() // what was synced and has its name is there
+	return nil
 }
 
 // Replace needs a name in between, as link(2) replaces nothing.

@@ -62,17 +62,17 @@ func (s *Store) manifests() string { return filepath.Join(s.dir, manifestDir) }
 func (s *Store) packs() string     { return filepath.Join(s.dir, packDir) }
 
 // PackPath returns the name of pack id, which need not exist.
-func (s *Store) PackPath(id ID) string { return dirBlobs(s.dir).path(packName(id)) }
+func (s *Store) PackPath(id ID) string { return inDir(s.dir, packName(id)) }
 
 // ManifestPath returns the name of the manifest of snapshot id, which need not exist.
-func (s *Store) ManifestPath(id ID) string { return dirBlobs(s.dir).path(manifestName(id)) }
+func (s *Store) ManifestPath(id ID) string { return inDir(s.dir, manifestName(id)) }
 
 // packName and manifestName are the names of files in a store, with forward slashes.
 func packName(id ID) string     { return packDir + "/" + id.String() + packExt }
 func manifestName(id ID) string { return manifestDir + "/" + id.String() + manifestExt }
 
 // source is how a Reader reads the store.
-func (s *Store) source() *source { return &source{blobs: dirBlobs(s.dir)} }
+func (s *Store) source() *source { return &source{blobs: dirBlobs{s.dir, s.files}} }
 
 // Open opens a snapshot with the first of the identities that fits, and
 // authenticates its manifest. Packs are opened when they are needed.
@@ -84,7 +84,10 @@ func (s *Store) Open(ctx context.Context, id ID, identities ...age.Identity) (*R
 		if err := ctx.Err(); err != nil {
 			return nil, err
 		}
-		before, _ := os.Stat(s.ManifestPath(id))
+		before, err := s.files.Stat(s.ManifestPath(id))
+		if err != nil {
+			return nil, fileError("open", s.ManifestPath(id), notFound(err))
+		}
 		r, err := s.source().openReader(id, identities)
 		// What Rekey or Delete is overwriting is not damaged: there is another manifest, or none.
 		if err == nil || !s.replaced(id, before) {
@@ -115,8 +118,12 @@ func (e Entry) StoredBytes() uint64 { return e.ManifestBytes + e.PackBytes }
 // Header returns what anybody may know of a snapshot, without a key and
 // therefore unauthenticated. Errors: ErrNotFound, ErrCorrupt, ErrFormat, ErrVersion.
 func (s *Store) Header(id ID) (Entry, error) {
-	path := s.ManifestPath(id)
-	f, err := s.source().openManifest(id)
+	return s.headerAt(s.ManifestPath(id), id)
+}
+
+// headerAt is Header of a manifest that may have another name.
+func (s *Store) headerAt(path string, id ID) (Entry, error) {
+	f, err := s.source().openManifest(manifestDir + "/" + filepath.Base(path))
 	if err != nil {
 		return Entry{}, err
 	}
@@ -135,7 +142,7 @@ func (s *Store) Header(id ID) (Entry, error) {
 // can't be read are left out of the list and joined into the error, so that both
 // results are of use together.
 func (s *Store) List() ([]Entry, error) {
-	ids, err := listIDs(s.manifests(), manifestExt)
+	ids, err := s.listIDs(s.manifests(), manifestExt)
 	if err != nil {
 		return nil, err
 	}
@@ -156,8 +163,8 @@ func (s *Store) List() ([]Entry, error) {
 }
 
 // listIDs returns the ids of the files in dir that are named by id and ext, ascending.
-func listIDs(dir, ext string) ([]ID, error) {
-	names, err := os.ReadDir(dir)
+func (s *Store) listIDs(dir, ext string) ([]ID, error) {
+	names, err := s.files.ReadDir(dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
@@ -180,17 +187,59 @@ func listIDs(dir, ext string) ([]ID, error) {
 // Make makes the store's directories, durably, as the first [Store.Create] does: for a process that may not make any later.
 func (s *Store) Make() error { return s.makeDirs() }
 
-// makeDirs makes the store's directories, durably.
+// makeDirs makes the store's directories, durably. That they are there says nothing: who made them may have died, or have been
+// told that the disk had failed, before that was synced. A snapshot says that somebody has succeeded.
 func (s *Store) makeDirs() error {
-	for _, dir := range []string{s.dir, s.packs(), s.manifests()} {
-		if _, err := os.Stat(dir); err == nil {
-			continue
-		}
-		if err := os.MkdirAll(dir, dirMode); err != nil {
+	missing := false
+	for _, dir := range []string{s.packs(), s.manifests()} {
+		_, err := s.files.Stat(dir)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fileError("make", dir, err)
 		}
-		if err := s.files.SyncDir(filepath.Dir(dir)); err != nil {
-			return fileError("sync", filepath.Dir(dir), err)
+		missing = missing || err != nil
+	}
+	if !missing {
+		ids, err := s.listIDs(s.manifests(), manifestExt)
+		if err != nil {
+			return fileError("make", s.manifests(), err)
+		}
+		if len(ids) > 0 {
+			return nil
+		}
+	}
+	for _, dir := range []string{s.packs(), s.manifests()} {
+		if err := s.makeDir(dir); err != nil {
+			return err
+		}
+	}
+	return s.syncNames()
+}
+
+// makeDir makes a directory, and those above it that are not there.
+func (s *Store) makeDir(dir string) error {
+	err := s.files.Mkdir(dir)
+	if parent := filepath.Dir(dir); errors.Is(err, fs.ErrNotExist) && parent != dir {
+		if err := s.makeDir(parent); err != nil {
+			return err
+		}
+		err = s.files.Mkdir(dir)
+	}
+	if err != nil && !errors.Is(err, fs.ErrExist) {
+		return fileError("make", dir, err)
+	}
+	return nil
+}
+
+// syncNames makes the names of the store's directories durable, and those of all that they are in.
+func (s *Store) syncNames() error {
+	for dir, last := s.dir, ""; dir != last; dir, last = filepath.Dir(dir), dir {
+		err := s.files.SyncDir(dir)
+		// Who may not read a directory has hardly made one in it; and some file systems have nothing to sync.
+		if errors.Is(err, fs.ErrPermission) || errors.Is(err, errors.ErrUnsupported) {
+			continue
+		}
+		if err != nil {
+			return fileError("sync", dir, err)
 		}
 	}
 	return nil
@@ -200,10 +249,6 @@ func (s *Store) makeDirs() error {
 // manifest that names them, exclusive while packs are removed.
 func (s *Store) lock(exclusive bool) (unlock func(), err error) {
 	path := filepath.Join(s.dir, lockName)
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, fileMode)
-	if err != nil {
-		return nil, fileError("lock", path, err)
-	}
 	release := s.local.RUnlock
 	if exclusive {
 		s.local.Lock()
@@ -211,9 +256,9 @@ func (s *Store) lock(exclusive bool) (unlock func(), err error) {
 	} else {
 		s.local.RLock()
 	}
-	if err := lockFile(f, exclusive); err != nil {
+	f, err := s.files.Lock(path, exclusive)
+	if err != nil {
 		release()
-		f.Close()
 		return nil, fileError("lock", path, err)
 	}
 	return func() {
@@ -225,7 +270,7 @@ func (s *Store) lock(exclusive bool) (unlock func(), err error) {
 // Find returns the one snapshot whose id starts with prefix. Errors: ErrNotFound,
 // or ErrInvalid if there are several.
 func (s *Store) Find(prefix string) (ID, error) {
-	ids, err := listIDs(s.manifests(), manifestExt)
+	ids, err := s.listIDs(s.manifests(), manifestExt)
 	if err != nil {
 		return ID{}, err
 	}

@@ -5,7 +5,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
-	"os"
+	"io/fs"
 	"runtime"
 	"slices"
 	"strings"
@@ -119,7 +119,7 @@ func (s *Store) Create(ctx context.Context, opts Options) (*Writer, error) {
 	if err := opts.complete(); err != nil {
 		return nil, err
 	}
-	if opts.Parent != nil && opts.Parent.source.blobs != Blobs(dirBlobs(s.dir)) {
+	if opts.Parent != nil && !opts.Parent.source.isDir(s.dir) {
 		return nil, fmt.Errorf("%w: the parent, %s, is not in store %s", ErrInvalid, opts.Parent.Entry().Path, s.dir)
 	}
 	key, err := age.GenerateX25519Identity()
@@ -212,7 +212,8 @@ func (w *Writer) Commit(ctx context.Context) (Info, error) {
 		w.err = err
 		return Info{}, errors.Join(err, w.discard())
 	}
-	return w.info, w.discard()
+	_ = w.discard() // what it leaves is Collect's; the snapshot is there
+	return w.info, nil
 }
 
 func (w *Writer) commit(ctx context.Context) error {
@@ -333,20 +334,34 @@ func (w *Writer) publish(h *Header, manifest stagedFile) error {
 	}
 	path := s.ManifestPath(w.id)
 	if err := manifest.Publish(path); err != nil {
-		return fileError("publish", path, err)
+		return errors.Join(fileError("publish", path, err), w.unpublish(path, err))
 	}
 	if err := s.files.SyncDir(s.manifests()); err != nil {
 		// Nobody may rely on a name that a crash can take back.
-		err = fileError("sync", s.manifests(), err)
-		gone := s.files.Remove(path)
-		if gone != nil {
-			w.linked = nil // a manifest that stays must keep its packs
-		}
-		return errors.Join(err, gone)
+		return errors.Join(fileError("sync", s.manifests(), err), w.unpublish(path, err))
 	}
 	w.info.StoredBytes += h.PackBytes
 	w.linked = nil
 	return nil
+}
+
+// unpublish takes the manifest's name back, if it has got one in spite of the error because. If a manifest stays, or a crash
+// can bring it back, it must keep its packs; Collect looks again.
+func (w *Writer) unpublish(path string, because error) error {
+	if errors.Is(because, ErrExists) { // somebody else's
+		return nil
+	}
+	err := w.store.files.Remove(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err == nil {
+		err = w.store.files.SyncDir(w.store.manifests())
+	}
+	if err != nil {
+		w.linked = nil
+	}
+	return err
 }
 
 // publishPacks names the packs that the manifest needs, drops the others, and
@@ -362,7 +377,7 @@ func (w *Writer) publishPacks(h *Header) error {
 			continue
 		}
 		path := s.PackPath(p.id)
-		fi, err := os.Stat(path)
+		fi, err := s.files.Stat(path)
 		if err == nil && uint64(fi.Size()) != p.fileSize {
 			err = fmt.Errorf("%w: pack has %d bytes, not %d", ErrCorrupt, fi.Size(), p.fileSize)
 		}
@@ -375,10 +390,13 @@ func (w *Writer) publishPacks(h *Header) error {
 			continue // discarded when the Writer ends
 		}
 		path := s.PackPath(k.pack.id)
-		if err := k.pack.file.Publish(path); err != nil {
+		err := k.pack.file.Publish(path)
+		if !errors.Is(err, ErrExists) {
+			w.linked = append(w.linked, path) // perhaps in spite of an error
+		}
+		if err != nil {
 			return fileError("publish", path, err)
 		}
-		w.linked = append(w.linked, path)
 	}
 	if len(w.linked) == 0 {
 		return nil
@@ -424,7 +442,9 @@ func (w *Writer) discard() error {
 		}
 	}
 	for _, path := range w.linked {
-		errs = append(errs, w.store.files.Remove(path))
+		if err := w.store.files.Remove(path); !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
+		}
 	}
 	w.workers, w.linked = nil, nil
 	return errors.Join(errs...)

@@ -7,9 +7,10 @@ import (
 
 // The encoding of a section, version 1: parts back to back, each a tag (u16), a
 // length in bytes (u32) and that many bytes; integers are little-endian. Tags
-// ascend and occur once. A reader that meets a tag it does not know fails,
-// unless bit 15 of the tag says that it may be skipped. A part that a later
-// version adds keeps the section's version if older readers may skip it.
+// ascend and occur once. A reader that meets a tag above those it knows fails,
+// unless bit 15 of the tag says that it may be skipped: a newer program wrote it.
+// A part that a later version adds keeps the section's version if older readers
+// may skip it.
 
 const (
 	tagSkippable = 0x8000
@@ -84,7 +85,10 @@ func decodeParts(b []byte, parts []part) error {
 		if tag&tagSkippable != 0 {
 			continue
 		}
-		if next >= len(parts) || parts[next].tag != tag {
+		if next == len(parts) {
+			return fmt.Errorf("%w: part %d is not known to this program; update it", ErrStateVersion, tag)
+		}
+		if parts[next].tag != tag {
 			return fmt.Errorf("unexpected part %d", tag)
 		}
 		if err := parts[next].get(data); err != nil {

@@ -71,7 +71,7 @@ func (vm *VM) restoreGenID(d DeviceState) error {
 	}
 	g := &genID{}
 	if err := decodeParts(d.Data, g.parts()); err != nil {
-		return stateErrorf(section, "%v", err)
+		return sectionError(section, err)
 	}
 	if g.gsi >= acpi.IOAPICPins {
 		return stateErrorf(section, "GSI %d", g.gsi)

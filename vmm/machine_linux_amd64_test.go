@@ -248,7 +248,16 @@ func crash(t testing.TB, cfg testvm.CrashConfig, hw vmm.Hardware) vmm.Config {
 	return vmm.Config{MemoryBytes: cfg.Memory, VCPUs: max(cfg.VCPUs, 1), Boot: im.Program(), Hardware: hw}
 }
 
-var record = flag.Bool("record", false, "write testdata/"+golden+" anew")
+var record = flag.Bool("record", false, "write what of testdata was recorded and is not there")
+
+// recordFile writes a file of testdata. What was recorded once must stay readable, and is not replaced.
+func recordFile(t *testing.T, name string, b []byte) {
+	t.Helper()
+	f, err := os.OpenFile("testdata/"+name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
+	must(t, err)
+	_, err = f.Write(b)
+	must(t, errors.Join(err, f.Close()))
+}
 
 // TestRecordState records the golden state, with -record, which only a new version of the format needs.
 func TestRecordState(t *testing.T) {
@@ -262,7 +271,7 @@ func TestRecordState(t *testing.T) {
 	pause(t, vm)
 	state, err := vm.State()
 	must(t, err)
-	must(t, os.WriteFile("testdata/"+golden, packSections(state.Sections()), 0o644))
+	recordFile(t, golden, packSections(state.Sections()))
 }
 
 // resources are what a process can leak: descriptors, and mappings that only a VM makes.

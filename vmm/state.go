@@ -2,6 +2,7 @@ package vmm
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"strings"
 )
@@ -92,7 +93,7 @@ func (s *State) Sections() []Section {
 
 // ParseState decodes what Sections returned. Sections whose names do not begin
 // with "vmm/" belong to others and are ignored; one that does and is not known is
-// refused, because what it says would be lost. ParseState fails with ErrState or
+// a newer program's, and refused, because what it says would be lost. ParseState fails with ErrState or
 // ErrStateVersion. It does not look into the devices' own encodings: Restore does.
 func ParseState(sections []Section) (*State, error) {
 	s := &State{}
@@ -125,7 +126,7 @@ func ParseState(sections []Section) (*State, error) {
 			continue
 		}
 		if _, left := byName[sec.Name]; left && strings.HasPrefix(sec.Name, sectionPrefix) {
-			return nil, stateErrorf(sec.Name, "this program does not know it, or not in a machine of %d vCPUs; update it", len(s.VCPUs))
+			return nil, unknownError(sec.Name, len(s.VCPUs))
 		}
 	}
 	return s, nil
@@ -143,10 +144,27 @@ func takeSection(byName map[string]Section, name string, decode func([]byte) err
 	case sec.Version > stateVersion:
 		return newerError(name, sec.Version, stateVersion)
 	}
-	if err := decode(sec.Data); err != nil {
-		return stateErrorf(name, "%v", err)
+	return sectionError(name, decode(sec.Data))
+}
+
+// sectionError is what is wrong with the parts of a section: a newer program wrote them, or nobody did.
+func sectionError(section string, err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, ErrStateVersion):
+		return fmt.Errorf("section %s: %w", section, err)
 	}
-	return nil
+	return stateErrorf(section, "%v", err)
+}
+
+// unknownError is why a section of this package's is refused. There are no vCPUs but those of the machine, nor devices without
+// a name, in any version.
+func unknownError(section string, vcpus int) error {
+	if strings.HasPrefix(section, sectionVCPU) || section == sectionDevice {
+		return stateErrorf(section, "it belongs to none of the %d vCPUs or devices", vcpus)
+	}
+	return fmt.Errorf("%w: section %s is not known to this program; update it", ErrStateVersion, section)
 }
 
 func newerError(section string, version, known uint32) error {

@@ -291,10 +291,7 @@ func decodeVirtio(d DeviceState) (virtioState, error) {
 	if d.Version == 0 || d.Version > virtioVersion {
 		return s, newerError(section, d.Version, virtioVersion)
 	}
-	if err := decodeParts(d.Data, s.parts()); err != nil {
-		return s, stateErrorf(section, "%v", err)
-	}
-	return s, nil
+	return s, sectionError(section, decodeParts(d.Data, s.parts()))
 }
 
 // restoreVirtio sets the state of the device that newVM made for it.

@@ -1,0 +1,5 @@
+package snapshot
+
+import "testing"
+
+func openFiles(t *testing.T) int { return countFDs(t) }
