@@ -45,21 +45,21 @@ func (m *Memory) Collapse(ctx context.Context) (bytes uint64, err error) {
 		return 0, err
 	}
 	defer func() { err = errors.Join(err, pm.Close()) }()
-	for _, r := range m.ranges {
-		for gpa := r.GPA; gpa+hugePage <= r.End(); gpa += hugePage {
-			if err := m.img.giveWay(ctx); err != nil {
-				return bytes, err
-			}
-			done, err := m.collapse(pm, Range{GPA: gpa, Len: hugePage})
-			if err != nil {
-				return bytes, err
-			}
-			if done {
-				bytes += hugePage
-			}
+	err = inSteps(m.ranges, hugePage, func(r Range) error {
+		lo, hi := r.GPA/PageSize, r.End()/PageSize
+		if r.Len < hugePage || m.img.present[lo/64:hi/64].count() < fewestPages {
+			return ctx.Err()
 		}
-	}
-	return bytes, nil
+		if err := m.img.giveWay(ctx); err != nil {
+			return err
+		}
+		done, err := m.collapse(pm, r)
+		if done {
+			bytes += hugePage
+		}
+		return err
+	})
+	return bytes, err
 }
 
 // collapse does it for one huge page, if that is possible and worth it.
@@ -67,8 +67,7 @@ func (m *Memory) collapse(pm *pagemap.Map, r Range) (done bool, err error) {
 	if m.shut() {
 		return false, fmt.Errorf("memory: collapse: %w", ErrClosed)
 	}
-	lo, hi := r.GPA/PageSize, r.End()/PageSize
-	if m.img.present[lo/64:hi/64].count() < fewestPages || m.current() != nil || !m.untouched(pm, r) {
+	if m.current() != nil || !m.untouched(pm, r) {
 		return false, nil
 	}
 	return m.img.collapse(m, r)
