@@ -23,8 +23,8 @@ const pagesPerHuge = hugePage / PageSize
 const fewestPages = pagesPerHuge / 2
 
 // Collapse moves what the image has to huge pages of the host's, 2 MiB each, where all that the snapshot
-// has of 2 MiB is there and is at least half of them, and maps them into this machine where it has
-// written nothing. KVM then maps 2 MiB at a time, and not 4 KiB. It returns how many bytes are in
+// has of 2 MiB is there and is at least half of them, and this machine has written nothing there. KVM then maps 2 MiB at a time, and
+// not 4 KiB. It returns how many bytes are in
 // huge pages by that. Each takes half a millisecond of a processor, and gives way to those who wait for a page.
 //
 // The pages of zeros in between take memory of the host then. Nothing is done where the kernel can't
@@ -45,6 +45,11 @@ func (m *Memory) Collapse(ctx context.Context) (bytes uint64, err error) {
 		return 0, err
 	}
 	defer func() { err = errors.Join(err, pm.Close()) }()
+	aside, err := m.img.aside()
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, aside.unmap()) }()
 	err = inSteps(m.ranges, hugePage, func(r Range) error {
 		lo, hi := r.GPA/PageSize, r.End()/PageSize
 		if r.Len < hugePage || m.img.present[lo/64:hi/64].count() < fewestPages {
@@ -53,7 +58,7 @@ func (m *Memory) Collapse(ctx context.Context) (bytes uint64, err error) {
 		if err := m.img.giveWay(ctx); err != nil {
 			return err
 		}
-		done, err := m.collapse(pm, r)
+		done, err := m.collapse(pm, aside, r)
 		if done {
 			bytes += hugePage
 		}
@@ -62,22 +67,43 @@ func (m *Memory) Collapse(ctx context.Context) (bytes uint64, err error) {
 	return bytes, err
 }
 
+// aside is a mapping of the image that no machine uses.
+func (img *Image) aside() (*mapping, error) {
+	mm, err := reserve(span(img.size))
+	if err != nil {
+		return nil, err
+	}
+	for _, r := range img.ranges {
+		if err := mm.place(r, img.file); err != nil {
+			return nil, errors.Join(err, mm.unmap())
+		}
+	}
+	return mm, nil
+}
+
 // collapse does it for one huge page, if that is possible and worth it.
-func (m *Memory) collapse(pm *pagemap.Map, r Range) (done bool, err error) {
+func (m *Memory) collapse(pm *pagemap.Map, aside *mapping, r Range) (done bool, err error) {
 	if m.shut() {
 		return false, fmt.Errorf("memory: collapse: %w", ErrClosed)
 	}
-	if m.current() != nil || !m.untouched(pm, r) {
+	if m.current() != nil {
 		return false, nil
 	}
-	return m.img.collapse(m, r)
-}
-
-// untouched says whether the machine has nothing of its own in r, which the kernel could not map a
-// huge page over.
-func (m *Memory) untouched(pm *pagemap.Map, r Range) bool {
+	// The kernel can't map a huge page over what is private.
 	private, err := pm.Private(m.host(r.GPA), m.host(r.End()))
-	return err == nil && len(private) == 0
+	if err != nil || len(private) > 0 {
+		return false, err
+	}
+	// It maps it where it is told to move the pages. Where the machine has touched nothing, that is aside, so that Mapped does
+	// not report what it has not touched; where it has, small pages would stay mapped otherwise.
+	mapped, err := pm.Mapped(m.host(r.GPA), m.host(r.End()))
+	if err != nil {
+		return false, err
+	}
+	if len(mapped) > 0 {
+		aside = m.mm
+	}
+	return m.img.collapse(aside, r)
 }
 
 // owns says whether pages of r are mapped here as the machine's own, as far as that is known.
@@ -86,10 +112,10 @@ func (m *Memory) owns(r Range) bool {
 	return m.lazy != nil && m.lazy.own.next(lo, hi, true) < hi
 }
 
-// collapse moves r to a huge page, through the mapping of m. The kernel then drops, from the tables of other machines that
+// collapse moves r to a huge page, through a mapping of it. The kernel then drops, from the tables of other machines that
 // have written nothing yet, what it takes for pages of the file: zeros that they have mapped too. So nobody may have any. While filling
 // is held, no page leaves the image.
-func (img *Image) collapse(m *Memory, r Range) (bool, error) {
+func (img *Image) collapse(by *mapping, r Range) (bool, error) {
 	img.mapMu.Lock()
 	defer img.mapMu.Unlock()
 	img.zeroing.Lock()
@@ -112,9 +138,9 @@ func (img *Image) collapse(m *Memory, r Range) (bool, error) {
 		}
 	}
 	img.huge.set(r.GPA/hugePage, r.GPA/hugePage+1) // first: after an error nobody knows
-	err := m.mm.collapse(r)
+	err := by.collapse(r)
 	if errors.Is(err, syscall.EAGAIN) {
-		err = m.mm.collapse(r) // a page was in use, for a moment perhaps
+		err = by.collapse(r) // a page was in use, for a moment perhaps
 	}
 	if _, system := errors.AsType[syscall.Errno](err); system {
 		return false, nil // it has no memory for it, or pages are in use: they stay what they are

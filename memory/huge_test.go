@@ -77,9 +77,22 @@ func TestCollapse(t *testing.T) {
 			m := mapImage(t, img, memory.MapOptions{Eager: eager})
 			populate(t, m)
 			before := held(t, img)
+			touched := inChunks(o, pagesOf(rng, []memory.Range{{GPA: 2 * mib, Len: huge}}))[0]
+			if _, err := m.ReadAt(make([]byte, page), int64(touched)); err != nil {
+				t.Fatal(err)
+			}
 			collapse(t, m, 8*mib)
+			mapped, err := m.Mapped(t.Context())
+			if err != nil || len(mapped) != 1 || mapped[0] != (memory.Range{GPA: 2 * mib, Len: huge}) || inHugePages(t, m) != huge {
+				t.Errorf("what was touched is not all that is mapped, or not in huge pages: %v, %v", mapped, err)
+			}
+			for gpa := int64(0); gpa < 8*mib; gpa += huge {
+				if _, err := m.ReadAt(make([]byte, 1), gpa); err != nil {
+					t.Fatal(err)
+				}
+			}
 			if n := inHugePages(t, m); n != 8*mib {
-				t.Fatalf("%d bytes are mapped in huge pages", n)
+				t.Errorf("%d bytes are mapped in huge pages", n)
 			}
 			if s := m.Stats(); s.HugeBytes != 8*mib || before+s.FilledBytes != held(t, img) {
 				t.Errorf("held %d, then %d; %+v", before, held(t, img), s)

@@ -22,9 +22,6 @@ import (
 	"github.com/cryovisor/cryovisor/vmm"
 )
 
-// commandEnv makes of this program the command: what confines itself needs a process of its own.
-const commandEnv = "CRYOVISOR_TEST_COMMAND"
-
 // process is the command, in a process of its own.
 func process(args ...string) *exec.Cmd {
 	cmd := exec.Command(os.Args[0], args...)

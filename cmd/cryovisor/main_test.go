@@ -8,6 +8,9 @@ import (
 	"github.com/cryovisor/cryovisor/internal/testplugin"
 )
 
+// commandEnv makes of this program the command: what confines itself needs a process of its own.
+const commandEnv = "CRYOVISOR_TEST_COMMAND"
+
 func TestMain(m *testing.M) {
 	testplugin.Main()
 	if os.Getenv(commandEnv) != "" {
