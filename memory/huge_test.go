@@ -163,6 +163,30 @@ func TestCollapseNot(t *testing.T) {
 	}
 }
 
+// Zeros that a machine has mapped for itself stay where they are: the kernel would take them away.
+func TestCollapseSparesZeros(t *testing.T) {
+	o := newOracleOf(newRand(t), 6, 4, 8*mib, memory.Range{Len: 8 * mib})
+	img := mappedImage(t, o)
+	m, other := mapImage(t, img, memory.MapOptions{}), mapImage(t, img, memory.MapOptions{})
+	var zero run
+	for _, r := range o.runs {
+		if r.chunk < 0 && r.gpa >= 2*mib && r.gpa+r.length <= 4*mib {
+			zero = r
+		}
+	}
+	tc := mustToucher(t, other)
+	if _, err := tc.load(zero.gpa, page); err != nil {
+		t.Fatal(err)
+	}
+	populate(t, m)
+	collapse(t, m, 6*mib)
+	img.SetLimit(memory.MinLimit) // takes pages
+	img.SetLimit(0)
+	if got, err := tc.load(zero.gpa, page); err != nil || !bytes.Equal(got, make([]byte, page)) {
+		t.Errorf("zeros have become something else: %v", err)
+	}
+}
+
 // Where a part of 2 MiB has not been fetched, nothing is done, and nothing for an image with a limit.
 func TestCollapseIncomplete(t *testing.T) {
 	rng := newRand(t)
