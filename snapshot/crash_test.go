@@ -18,7 +18,7 @@ func thorough() bool { return os.Getenv("CRYOVISOR_LONG") != "" }
 // done is done, and the store works on.
 func TestCrash(t *testing.T) {
 	for name, base := range bases {
-		for _, op := range operations {
+		for _, op := range chosen(name) {
 			t.Run(name+"/"+op.name, func(t *testing.T) {
 				t.Parallel()
 				c := newCrashes(t, newWorld(t), base, &op)
@@ -42,7 +42,7 @@ func TestCrash(t *testing.T) {
 // clearing away, then Collect, then the second attempt.
 func TestCrashAfterFailure(t *testing.T) {
 	for name, base := range bases {
-		for _, op := range operations {
+		for _, op := range chosen(name) {
 			t.Run(name+"/"+op.name, func(t *testing.T) {
 				t.Parallel()
 				total := &crashes{w: newWorld(t), seen: map[string]bool{}}

@@ -148,6 +148,16 @@ var operations = []operation{
 	{name: "collect", changes: true, do: func(_ *world, l *lab) (ID, error) { return ID{}, collectGarbage(l) }},
 }
 
+// chosen are the operations to look at on a file system; with -short, as for the race detector, which has little to see here, a few.
+func chosen(base string) []operation {
+	if !testing.Short() {
+		return operations
+	}
+	return slices.DeleteFunc(slices.Clone(operations), func(op operation) bool {
+		return base != "unnamed" || op.name != "full" && op.name != "rekey"
+	})
+}
+
 func collectGarbage(l *lab) error {
 	_, err := l.Collect(context.Background())
 	return err
