@@ -261,23 +261,13 @@ func (f *testFiles) syncFile(id int, path string) error {
 	return err
 }
 
-func (s *testStaged) Publish(path string) error {
-	return s.f.do("publish", path, func() error {
-		err := s.stagedFile.Publish(path)
-		s.done = s.done || err == nil
-		return err
-	}, func(m *crashModel) {
-		if s.temp != "" {
-			m.rename(s.f.rel(s.temp), s.f.rel(path))
-		} else {
-			m.add(s.f.rel(path), m.open[s.id])
-		}
-	})
-}
+func (s *testStaged) Publish(path string) error { return s.name("publish", path, s.stagedFile.Publish) }
+func (s *testStaged) Replace(path string) error { return s.name("replace", path, s.stagedFile.Replace) }
 
-func (s *testStaged) Replace(path string) error {
-	return s.f.do("replace", path, func() error {
-		err := s.stagedFile.Replace(path)
+// name gives the file its name, which in the model takes it from another.
+func (s *testStaged) name(what, path string, give func(path string) error) error {
+	return s.f.do(what, path, func() error {
+		err := give(path)
 		s.done = s.done || err == nil
 		return err
 	}, func(m *crashModel) {
