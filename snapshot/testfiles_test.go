@@ -62,6 +62,7 @@ func (f *testFiles) step(what string) *fault {
 	if x.hit == "" {
 		x.hit, x.logged = what, len(f.log)
 	}
+	x.looks = x.looks || what == "read"
 	return x
 }
 
@@ -101,7 +102,9 @@ func (x *fault) wrap(what, path string) error {
 // look is a step that changes nothing.
 func look[T any](f *testFiles, what, path string, op func() (T, error)) (T, error) {
 	if x := f.step(what); x != nil && x.err != nil && x.err != io.EOF { //nolint:errorlint // that is of reads
+		f.mu.Lock()
 		x.looks = true
+		f.mu.Unlock()
 		var zero T
 		return zero, x.wrap(what, path)
 	}
@@ -144,7 +147,6 @@ func (b *testBlob) ReadAt(p []byte, off int64) (int, error) {
 	if x == nil {
 		return b.Blob.ReadAt(p, off)
 	}
-	x.looks = true
 	switch {
 	case x.how == failShort && x.err == io.EOF: //nolint:errorlint // the file looks as if it ended there
 		n, _ := b.Blob.ReadAt(p[:len(p)/2], off)
@@ -155,7 +157,7 @@ func (b *testBlob) ReadAt(p []byte, off int64) (int, error) {
 	case x.how == failWrong:
 		n, err := b.Blob.ReadAt(p, off)
 		if n > 0 {
-			p[len(b.f.trace)*7919%n] ^= 1 << (x.at % 8)
+			p[x.at*7919%n] ^= 1 << (x.at % 8)
 		}
 		return n, err
 	}
