@@ -264,6 +264,7 @@ func (f *testFiles) syncFile(id int, path string) error {
 }
 
 func (s *testStaged) Publish(path string) error { return s.name("publish", path, s.stagedFile.Publish) }
+
 func (s *testStaged) Replace(path string) error { return s.name("replace", path, s.stagedFile.Replace) }
 
 // name gives the file its name, which in the model takes it from another.
