@@ -47,18 +47,23 @@ func (m *blockMap) get(block int64) blockState {
 	return blockState(m.words[block/blocksPerWord].Load() >> (block % blocksPerWord * 2) & stateMask)
 }
 
-// run returns the state of a block and the first block after it, up to end, that is in another.
+// run returns the state of a block and the first block after it, up to end, that is in another. While others write, that
+// is a state that the block had: it is looked at once, so that a run is never empty.
 func (m *blockMap) run(block, end int64) (blockState, int64) {
-	state := m.get(block)
-	for block < end {
-		shift := block % blocksPerWord * 2
-		other := (m.words[block/blocksPerWord].Load() ^ everyBlock*uint64(state)) >> shift
-		if other != 0 {
-			return state, min(end, block+int64(bits.TrailingZeros64(other)/2))
-		}
+	shift := block % blocksPerWord * 2
+	word := m.words[block/blocksPerWord].Load() >> shift
+	state := blockState(word & stateMask)
+	all := everyBlock * uint64(state)
+	other := word ^ all>>shift
+	for other == 0 {
 		block += blocksPerWord - shift/2
+		if block >= end {
+			return state, end
+		}
+		shift = 0
+		other = m.words[block/blocksPerWord].Load() ^ all
 	}
-	return state, end
+	return state, min(end, block+int64(bits.TrailingZeros64(other)/2))
 }
 
 // set puts the blocks from one up to another in a state.

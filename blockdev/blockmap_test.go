@@ -57,3 +57,24 @@ func TestBlockMapWriters(t *testing.T) {
 		t.Errorf("%d pages have changed since", len(pages))
 	}
 }
+
+// TestBlockMapReaders looks for runs at a block while others write it: a run is never empty, or a read of the disk would get
+// nowhere.
+func TestBlockMapReaders(t *testing.T) {
+	const rounds = 1000000
+	m := newBlockMap(blocksPerWord)
+	var wg sync.WaitGroup
+	for w := range 2 {
+		wg.Go(func() {
+			for i := range rounds {
+				m.set(5, 6, []blockState{blockAbsent, blockData, blockZero}[(i+w)%3])
+			}
+		})
+	}
+	for range rounds {
+		if state, end := m.run(5, blocksPerWord); end <= 5 || end > blocksPerWord {
+			t.Fatalf("a run of state %d from block 5 up to %d", state, end)
+		}
+	}
+	wg.Wait()
+}
