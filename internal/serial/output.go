@@ -130,14 +130,16 @@ func (u *UART) Dropped() uint64 {
 // Close writes out what is queued, and ends the UART's goroutine and every Pump. When ctx ends first, the
 // rest is dropped, a writer with a SetWriteDeadline method is interrupted (and its deadline
 // stays in the past), and Close returns the cause. A writer that can't be interrupted keeps the
-// goroutine until its Write returns; Close does not wait for it. Registers still answer after Close, and
-// output is dropped. Closing again waits again.
+// goroutine until its Write returns; Close does not wait for it. Registers still answer after Close, output is
+// dropped, and the interrupt line is left alone: a Pump whose Read could not be interrupted may still bring input, when
+// what the line leads to has gone. Closing again waits again.
 func (u *UART) Close(ctx context.Context) error {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	q := &u.tx
 	q.closing = true
 	q.wait.Broadcast()
+	u.irq = nil
 	u.end()
 	ended := func() bool { return q.done }
 	if u.await(ctx, ended) {

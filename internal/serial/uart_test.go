@@ -434,6 +434,19 @@ func TestIRQFailure(t *testing.T) {
 	}
 }
 
+// Input that comes when the UART is closed reaches no line: KVM's VM may be closed as well, and its descriptor be another's.
+func TestClosedLeavesLine(t *testing.T) {
+	p := newPort(t)
+	p.outb(regIER, ierRDA)
+	closeUART(t, p.UART)
+	if n := p.Enqueue([]byte("late")); n != 4 {
+		t.Errorf("took %d bytes", n)
+	}
+	if len(p.edges) > 0 || p.level() {
+		t.Errorf("the interrupt line was set to %v", p.edges)
+	}
+}
+
 func TestPump(t *testing.T) {
 	p := newPort(t)
 	p.outb(regIIR, fcrEnable)
