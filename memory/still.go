@@ -358,10 +358,11 @@ func (s *Still) close() error {
 		m.fail(err) // and the Still remains m's, so that WriteAt knows of the pages
 		return err
 	}
+	err = s.hangUp() // first: the next Still registers the same memory, which only one descriptor can have
 	m.mu.Lock()
 	m.still = nil
 	m.mu.Unlock()
-	return s.hangUp()
+	return err
 }
 
 // giveUp makes the Still useless: when it returns, nobody reads memory for it, or
