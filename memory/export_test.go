@@ -17,6 +17,9 @@ func (img *Image) SetClock(now func() time.Time, pause func(context.Context, tim
 	img.now, img.pause = now, pause
 }
 
+// Pages is how many pages the Image takes to be in its file.
+func (img *Image) Pages() int64 { return img.pages.Load() }
+
 // Demands is how many fetches of the Image somebody waits for.
 func (img *Image) Demands() int {
 	img.mu.Lock()

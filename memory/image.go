@@ -169,6 +169,17 @@ func (img *Image) acquire() error {
 	return nil
 }
 
+// hold keeps the file open until release, and says whether it is.
+func (img *Image) hold() bool {
+	img.mu.Lock()
+	defer img.mu.Unlock()
+	if img.refs == 0 {
+		return false
+	}
+	img.refs++
+	return true
+}
+
 func (img *Image) release() error {
 	img.mu.Lock()
 	img.refs--

@@ -37,7 +37,10 @@ func (img *Image) SetLimit(bytes uint64) {
 	img.filling.Lock() // a Collapse under way is over then, and the next one knows
 	img.limit.Store(bytes)
 	img.filling.Unlock()
-	img.trim()
+	if img.hold() { // else its file is closed
+		img.trim()
+		_ = img.release() // an error is about a file that nobody uses any more
+	}
 }
 
 // holds is how many bytes the image has of the snapshot's memory.

@@ -155,6 +155,24 @@ func TestLimitStopsPrefetch(t *testing.T) {
 	}
 }
 
+// A limit for an image that is closed already does nothing: its file's descriptor may be another file's by then, and no
+// hole is to be punched into that.
+func TestLimitOfClosed(t *testing.T) {
+	o := newOracle(newRand(t), 16*mib, memory.Range{Len: 16 * mib})
+	img := mappedImage(t, o)
+	if err := img.Populate(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	pages := img.Pages()
+	if err := img.Close(); err != nil {
+		t.Fatal(err)
+	}
+	img.SetLimit(memory.MinLimit)
+	if n := img.Pages(); n != pages || n == 0 {
+		t.Errorf("%d pages, and %d when it was closed", n, pages)
+	}
+}
+
 // One access may need more than the limit, and an eager machine all there is.
 func TestLimitGivesWay(t *testing.T) {
 	o := newOracle(newRand(t), 16*mib, memory.Range{Len: 16 * mib})
