@@ -215,13 +215,12 @@ func (vm *VM) resumeDevices() error {
 	return nil
 }
 
-// closeVirtio ends the devices, when they have done what they are at.
+// closeVirtio ends the devices, when they have done what they are at. The list stays what it is, as Activity may be reading it.
 func (vm *VM) closeVirtio() error {
 	var errs []error
 	for _, d := range vm.virtio {
 		errs = append(errs, d.transport.Close(), d.irq.Close())
 	}
-	vm.virtio = nil
 	return errors.Join(errs...)
 }
 
