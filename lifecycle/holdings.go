@@ -18,7 +18,8 @@ type holdings struct {
 	mu        sync.Mutex
 	snapshots map[snapshot.ID]*storedSnapshot
 	packs     map[snapshot.ID]*storedPack
-	bytes     uint64 // of all manifests and packs
+	doomed    map[snapshot.ID]bool // being deleted: nobody gets hold of them any more
+	bytes     uint64               // of all manifests and packs
 	cautious  bool   // there are snapshots of which it is not known which packs they need: none is deleted
 }
 
@@ -36,16 +37,20 @@ type storedPack struct {
 func newHoldings(store *snapshot.Store) *holdings {
 	return &holdings{
 		store: store, snapshots: make(map[snapshot.ID]*storedSnapshot), packs: make(map[snapshot.ID]*storedPack),
+		doomed: make(map[snapshot.ID]bool),
 	}
 }
 
-// hold notes that somebody needs a snapshot, which must be in the store.
+// hold notes that somebody needs a snapshot, which must be in the store: snapshot.ErrNotFound if it is not, or is being deleted.
 func (s *holdings) hold(id snapshot.ID) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if known := s.snapshots[id]; known != nil {
 		known.users++
 		return nil
+	}
+	if s.doomed[id] {
+		return fmt.Errorf("snapshot %v is being deleted: %w", id, snapshot.ErrNotFound)
 	}
 	entry, err := s.store.Header(id)
 	if err != nil {
@@ -81,12 +86,20 @@ func (s *holdings) letGo(ctx context.Context, ids ...snapshot.ID) error {
 	for _, id := range ids {
 		if s.lastUser(id) {
 			errs = append(errs, s.store.DeleteKeeping(ctx, id, s.needed))
+			s.deleted(id)
 		}
 	}
 	return errors.Join(errs...)
 }
 
-// lastUser forgets a user, and the snapshot with the last.
+// deleted notes that a snapshot is no longer being deleted.
+func (s *holdings) deleted(id snapshot.ID) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.doomed, id)
+}
+
+// lastUser forgets a user, and the snapshot with the last: the caller deletes it.
 func (s *holdings) lastUser(id snapshot.ID) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -98,6 +111,7 @@ func (s *holdings) lastUser(id snapshot.ID) bool {
 		return false
 	}
 	delete(s.snapshots, id)
+	s.doomed[id] = true
 	s.bytes -= known.bytes
 	for _, id := range known.packs {
 		pack := s.packs[id]
