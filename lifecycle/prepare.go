@@ -115,7 +115,7 @@ func (p *Preparation) Update(ctx context.Context) error {
 		return Paused{}, nil
 	})
 	if err != nil {
-		return fmt.Errorf("prepare a pause: %w", err)
+		return fmt.Errorf("prepare a pause: %w", errors.Join(err, p.Close())) // which may not have been tried: of a closed machine
 	}
 	return nil
 }
@@ -131,7 +131,7 @@ func (p *Preparation) Pause(ctx context.Context) (Paused, error) {
 		return p.s.pause(ctx, a, time.Now())
 	})
 	if err != nil {
-		return Paused{}, fmt.Errorf("pause: %w", err)
+		return Paused{}, fmt.Errorf("pause: %w", errors.Join(err, p.Close())) // as in Update
 	}
 	return paused, nil
 }

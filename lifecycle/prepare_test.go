@@ -74,6 +74,30 @@ func TestPrepare(t *testing.T) {
 	}
 }
 
+// TestPrepareClosed: a preparation whose machine is closed ends with the next call, and leaves nothing open.
+func TestPrepareClosed(t *testing.T) {
+	checkLeaks(t)
+	for name, end := range map[string]func(*lifecycle.Preparation) error{
+		"pause": func(p *lifecycle.Preparation) error {
+			_, err := p.Pause(t.Context())
+			return err
+		},
+		"update": func(p *lifecycle.Preparation) error { return p.Update(t.Context()) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			checkLeaks(t)
+			g := newGuest(t, testvm.WorkerConfig{Memory: scaled(64 << 20), WorkingSet: scaled(16 << 20)})
+			m := g.boot(t, testvm.NoLimit)
+			g.work(t, m, 5)
+			p := g.prepare(t, m)
+			closeMachine(t, m)
+			if err := end(p); !errors.Is(err, vmm.ErrClosed) {
+				t.Errorf("of a closed machine: %v", err)
+			}
+		})
+	}
+}
+
 // TestPrepareIdle: what does not change after the preparation is not looked at again; a full snapshot of a resumed machine can be
 // prepared too.
 func TestPrepareIdle(t *testing.T) {
