@@ -24,7 +24,7 @@ func (m *Manager) recover(ctx context.Context) error {
 	}
 	for _, row := range templates {
 		_ = m.holdNamed(row.Snapshot)
-		m.templates[row.ID] = &template{id: row.ID, row: row}
+		m.templates[row.ID] = newTemplate(row)
 	}
 	rows, err := m.catalog.Sandboxes(ctx)
 	if err != nil {

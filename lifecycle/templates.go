@@ -51,6 +51,9 @@ const maxOpen = 16
 // template is a template as a Manager has it. It is opened when the first sandbox is made of it, and stays so for a while: its sandboxes share its memory.
 type template struct {
 	id string
+	// turn holds a value while somebody opens the template, or changes or deletes its record. That asks the KeyProvider, the store and
+	// the catalog, which may take long: so it is done without mu, for which others wait with the Manager's mu held.
+	turn chan struct{}
 
 	mu      sync.Mutex
 	row     catalog.Template
@@ -59,6 +62,22 @@ type template struct {
 	used    time.Time
 	deleted bool
 }
+
+func newTemplate(row catalog.Template) *template {
+	return &template{id: row.ID, turn: make(chan struct{}, 1), row: row}
+}
+
+// enter waits for the turn.
+func (t *template) enter(ctx context.Context) error {
+	select {
+	case t.turn <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("wait for what is being done with template %s: %w", t.id, context.Cause(ctx))
+	}
+}
+
+func (t *template) leave() { <-t.turn }
 
 func (t *template) info() TemplateInfo {
 	t.mu.Lock()
@@ -83,13 +102,13 @@ func (t *template) explain(err error) error {
 // close gives up what is opened. Machines go on.
 func (t *template) close() error {
 	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.opened == nil {
+	opened := t.opened
+	t.opened = nil
+	t.mu.Unlock()
+	if opened == nil {
 		return nil
 	}
-	err := t.opened.Close()
-	t.opened = nil
-	return err
+	return opened.Close()
 }
 
 // findTemplate returns the template with an id or a name that an owner may use: their own before everybody's. An empty owner may use all.
@@ -148,14 +167,15 @@ func (m *Manager) fromTemplate(ctx context.Context, t *template) (origin, error)
 
 // openTemplate opens a template if it is not.
 func (m *Manager) openTemplate(ctx context.Context, t *template) (*Template, error) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.opened != nil || t.deleted {
-		if t.deleted {
-			return nil, fmt.Errorf("template %q: %w", t.id, ErrNotFound)
-		}
-		t.making++
-		return t.opened, nil
+	if opened, err := t.use(nil); opened != nil || err != nil {
+		return opened, err
+	}
+	if err := t.enter(ctx); err != nil {
+		return nil, err
+	}
+	defer t.leave()
+	if opened, err := t.use(nil); opened != nil || err != nil { // whose turn it was before has opened it
+		return opened, err
 	}
 	identity, err := m.identity(ctx, t.id)
 	if err != nil {
@@ -165,12 +185,28 @@ func (m *Manager) openTemplate(ctx context.Context, t *template) (*Template, err
 	if err != nil {
 		return nil, err
 	}
-	if t.opened, err = Open(ctx, m.store, id, identity); err != nil {
+	opened, err := Open(ctx, m.store, id, identity)
+	if err != nil {
 		return nil, err
 	}
-	t.making++
 	if m.opts.ImageLimit > 0 {
-		t.opened.LimitImage(m.opts.ImageLimit)
+		opened.LimitImage(m.opts.ImageLimit)
+	}
+	return t.use(opened)
+}
+
+// use notes that a sandbox is being made of a template that is open, be it just now. It is nil if it is not.
+func (t *template) use(opened *Template) (*Template, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.deleted {
+		return nil, fmt.Errorf("template %q: %w", t.id, ErrNotFound)
+	}
+	if opened != nil {
+		t.opened = opened
+	}
+	if t.opened != nil {
+		t.making++
 	}
 	return t.opened, nil
 }
@@ -196,10 +232,13 @@ func (m *Manager) doneWith(t *template) {
 	}
 	oldest := slices.MinFunc(idle, func(a, b *template) int { return a.lastUsed().Compare(b.lastUsed()) })
 	oldest.mu.Lock()
-	defer oldest.mu.Unlock()
-	if oldest.opened != nil && oldest.making == 0 {
-		_ = oldest.opened.Close() // it was read from only
-		oldest.opened = nil
+	var unused *Template
+	if oldest.making == 0 {
+		unused, oldest.opened = oldest.opened, nil
+	}
+	oldest.mu.Unlock()
+	if unused != nil {
+		_ = unused.Close() // it was read from only
 	}
 }
 
@@ -220,15 +259,21 @@ func (m *Manager) learn(ctx context.Context, l *live) {
 	if err != nil || record == nil {
 		return
 	}
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.row.WorkingSet != nil || t.deleted {
+	if t.enter(ctx) != nil {
 		return
 	}
-	row := t.row
+	defer t.leave()
+	t.mu.Lock()
+	row, deleted := t.row, t.deleted
+	t.mu.Unlock()
+	if row.WorkingSet != nil || deleted {
+		return
+	}
 	row.WorkingSet = record
 	if m.catalog.PutTemplate(ctx, row, nil) == nil {
+		t.mu.Lock()
 		t.row = row
+		t.mu.Unlock()
 	}
 }
 
@@ -325,7 +370,7 @@ func (m *Manager) addTemplate(ctx context.Context, row catalog.Template, id snap
 		return TemplateInfo{}, err
 	}
 	row.ID, row.Snapshot, row.Created = newID(), id.String(), m.clock.Now().UTC()
-	t := &template{id: row.ID, row: row}
+	t := newTemplate(row)
 	err := m.withSealed(ctx, row.ID, identity, func(sealed []byte) error { return m.catalog.PutTemplate(ctx, row, sealed) })
 	if err == nil {
 		m.mu.Lock()
@@ -379,17 +424,22 @@ func (m *Manager) DeleteTemplate(ctx context.Context, id string) error {
 	if t == nil {
 		return fmt.Errorf("template %q: %w", id, ErrNotFound)
 	}
-	t.mu.Lock()
-	if t.deleted {
-		t.mu.Unlock()
-		return fmt.Errorf("template %q: %w", id, ErrNotFound)
-	}
-	err = m.catalog.DeleteTemplate(ctx, id)
-	t.deleted = err == nil
-	t.mu.Unlock()
-	if err != nil {
+	if err := t.enter(ctx); err != nil {
 		return err
 	}
+	defer t.leave()
+	m.mu.Lock()
+	gone := m.templates[id] == nil
+	m.mu.Unlock()
+	if gone { // somebody else was first
+		return fmt.Errorf("template %q: %w", id, ErrNotFound)
+	}
+	if err := m.catalog.DeleteTemplate(ctx, id); err != nil {
+		return err
+	}
+	t.mu.Lock()
+	t.deleted = true
+	t.mu.Unlock()
 	m.mu.Lock()
 	delete(m.templates, id)
 	m.mu.Unlock()
