@@ -20,7 +20,7 @@ type holdings struct {
 	packs     map[snapshot.ID]*storedPack
 	doomed    map[snapshot.ID]bool // being deleted: nobody gets hold of them any more
 	bytes     uint64               // of all manifests and packs
-	cautious  bool   // there are snapshots of which it is not known which packs they need: none is deleted
+	cautious  bool                 // there are snapshots of which it is not known which packs they need: none is deleted
 }
 
 type storedSnapshot struct {

@@ -1,6 +1,7 @@
 package lifecycle
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"testing"
@@ -26,7 +27,7 @@ func TestHoldOfDoomed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	page := func(p []byte, _ int64) (int, error) { return copy(p, "not zero"), nil }
+	page := func(p []byte, _ int64) (int, error) { return copy(p, bytes.Repeat([]byte{1}, len(p))), nil }
 	ram := &snapshot.Memory{Size: 1 << 20, ReadAt: page, Data: []snapshot.Range{{GPA: 0, Len: snapshot.PageSize}}}
 	if err := w.Write(ctx, snapshot.Contents{Memory: ram}); err != nil {
 		t.Fatal(err)

@@ -534,7 +534,7 @@ func TestProtectInTurn(t *testing.T) {
 			var wg sync.WaitGroup
 			for range 3 {
 				wg.Go(func() {
-					for got := 0; got < 50; {
+					for got := 0; got < 300; {
 						s, err := m.Protect(context.Background(), nil)
 						if errors.Is(err, memory.ErrFrozen) {
 							runtime.Gosched()
