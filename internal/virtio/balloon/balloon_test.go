@@ -220,3 +220,9 @@ func FuzzRegisters(f *testing.F) {
 	}, nil))
 	f.Fuzz(func(t *testing.T, image, ops []byte) { virtiotest.FuzzRegisters(t, newDevice, image, ops) })
 }
+
+func TestHostileVCPUs(t *testing.T) {
+	virtiotest.Hostile(t, newDevice, balloon.FeatureReporting|virtio.FeatureIndirect|virtio.FeatureEventIdx,
+		virtiotest.Request{Out: frames(1, 2, 3, 9)}, virtiotest.Request{Queue: 1, Out: frames(1, 2)},
+		virtiotest.Request{Queue: 2, In: 1, Segments: []virtio.Segment{{GPA: 0x10000, Len: 0x2000}}})
+}

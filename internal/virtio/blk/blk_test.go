@@ -467,3 +467,12 @@ func FuzzRegisters(f *testing.F) {
 		virtiotest.FuzzRegisters(t, fresh, image, ops)
 	})
 }
+
+func TestHostileVCPUs(t *testing.T) {
+	several := func() virtio.Device { return device(t, blk.Config{Disk: newDisk(64 << 10), Workers: 3}) }
+	virtiotest.Hostile(t, several, all,
+		virtiotest.Request{Out: header(0, 1), In: 1025},
+		virtiotest.Request{Out: append(header(1, 1), make([]byte, 4096)...), In: 1},
+		virtiotest.Request{Out: append(header(13, 0), span(0, 4, 1)...), In: 1},
+		virtiotest.Request{Out: header(4, 0), In: 1})
+}

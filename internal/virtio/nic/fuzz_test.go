@@ -65,3 +65,10 @@ func FuzzRestore(f *testing.F) {
 		}
 	})
 }
+
+func TestHostileVCPUs(t *testing.T) {
+	virtiotest.Hostile(t, fuzzDevice(t), offered|virtio.FeatureIndirect|virtio.FeatureEventIdx,
+		virtiotest.Request{Queue: rxQueue, In: 1534},
+		virtiotest.Request{Queue: txQueue, Out: testFrame(1, 60)},
+		virtiotest.Request{Queue: ctrlQueue, Out: []byte{classAnnounce, commandAnnounce}, In: 1})
+}

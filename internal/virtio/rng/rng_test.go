@@ -122,3 +122,8 @@ func FuzzRegisters(f *testing.F) {
 	}, nil))
 	f.Fuzz(func(t *testing.T, image, ops []byte) { virtiotest.FuzzRegisters(t, newDevice, image, ops) })
 }
+
+func TestHostileVCPUs(t *testing.T) {
+	virtiotest.Hostile(t, newDevice, virtio.FeatureIndirect|virtio.FeatureEventIdx,
+		virtiotest.Request{In: 100}, virtiotest.Request{In: 6000})
+}

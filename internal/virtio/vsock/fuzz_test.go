@@ -5,8 +5,11 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
+	"net"
 	"regexp"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/cryovisor/cryovisor/internal/virtio"
@@ -136,4 +139,44 @@ func FuzzState(f *testing.F) {
 			t.Fatalf("%x is restored, and saved as %x, %v", b, again, err)
 		}
 	})
+}
+
+// TestHostileVCPUs: with a host program at one port that sends back what it gets, so that there are connections.
+func TestHostileVCPUs(t *testing.T) {
+	path := testPath(t)
+	l, err := net.Listen("unix", path+"_1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var programs sync.WaitGroup
+	programs.Go(func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			programs.Go(func() {
+				defer c.Close()
+				_, _ = io.Copy(c, c) // until the guest, or the device, has had enough
+			})
+		}
+	})
+	defer programs.Wait()
+	defer l.Close()
+	fresh := func() virtio.Device {
+		d, err := newDevice(Config{CID: testCID, Path: path}, small())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return d
+	}
+	var reqs []virtiotest.Request
+	for port := range uint32(3) {
+		for _, op := range []uint16{opRequest, opRW, opRW, opCreditRequest, opShutdown, opReset} {
+			reqs = append(reqs, virtiotest.Request{Queue: queueTX, Out: packet(op, port, "bytes")})
+		}
+		reqs = append(reqs, virtiotest.Request{Queue: queueRX, In: 200}, virtiotest.Request{Queue: queueRX, In: 200})
+	}
+	reqs = append(reqs, virtiotest.Request{Queue: queueEvent, In: 4})
+	virtiotest.Hostile(t, fresh, virtio.FeatureIndirect|virtio.FeatureEventIdx, reqs...)
 }
