@@ -102,9 +102,9 @@ type Manager struct {
 	quit context.CancelFunc
 	work sync.WaitGroup // what goes on by itself
 
-	closing  context.Context // ended when Close begins
-	refuse   context.CancelCauseFunc
-	creating sync.WaitGroup // calls that make sandboxes or templates
+	closing context.Context // ended when Close begins
+	refuse  context.CancelCauseFunc
+	calls   sync.WaitGroup // those that make sandboxes or templates, and Kill: of its sandbox nobody knows when the row is deleted
 
 	ending sync.Mutex // held by Close
 
@@ -230,7 +230,7 @@ func (m *Manager) Close(ctx context.Context) error {
 		return nil
 	}
 	m.refuse(ErrManagerClosed)
-	m.creating.Wait()
+	m.calls.Wait()
 	m.alarms.stop()
 	m.mu.Lock()
 	all := m.sandboxes.all()
@@ -276,20 +276,20 @@ func (m *Manager) closeSandbox(ctx context.Context, e *entry) error {
 	return err
 }
 
-// call begins a call that makes something. Close interrupts it, by its context, and waits until done is called.
+// call begins a call that makes something, or leaves nothing. Close interrupts it, by its context, and waits until done is called.
 func (m *Manager) call(ctx context.Context) (begun context.Context, done func(), err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.closed {
 		return nil, nil, ErrManagerClosed
 	}
-	m.creating.Add(1)
+	m.calls.Add(1)
 	begun, cancel := context.WithCancelCause(ctx)
 	stop := context.AfterFunc(m.closing, func() { cancel(ErrManagerClosed) })
 	return begun, func() {
 		stop()
 		cancel(nil)
-		m.creating.Done()
+		m.calls.Done()
 	}, nil
 }
 

@@ -384,6 +384,49 @@ func TestClose(t *testing.T) {
 	wantState(t, mustSandbox(t, m, b.ID()), lifecycle.StatePaused)
 }
 
+// TestCloseDuringKill: Close waits for a Kill that is under way, though nobody knows of its sandbox any more, and what it has to
+// delete it deletes.
+func TestCloseDuringKill(t *testing.T) {
+	killing, finish := make(chan struct{}), make(chan struct{})
+	m := newManager(t, lifecycle.ManagerOptions{Connect: func(context.Context, lifecycle.Start) (lifecycle.Connection, error) {
+		return lifecycle.Connection{Close: func() error {
+			close(killing)
+			<-finish
+			return nil
+		}}, nil
+	}})
+	s := m.create(t, lifecycle.CreateOptions{})
+	events, cancel := m.Subscribe()
+	defer cancel()
+	killed, closed := make(chan error, 1), make(chan error, 1)
+	go func() { killed <- s.Kill(t.Context()) }()
+	<-killing
+	go func() { closed <- m.Close(t.Context()) }()
+	eventually(t, "it is being closed", func() bool {
+		_, err := m.Get(s.ID())
+		return errors.Is(err, lifecycle.ErrManagerClosed)
+	})
+	for range 100_000 {
+		select {
+		case err := <-closed:
+			t.Fatalf("closed with a sandbox that was still being killed: %v", err)
+		default:
+			runtime.Gosched()
+		}
+	}
+	close(finish)
+	if err := errors.Join(<-killed, <-closed); err != nil {
+		t.Error(err)
+	}
+	told := false
+	for e := range events {
+		told = told || e.Sandbox.State == lifecycle.StateKilled && e.Error == ""
+	}
+	if !told {
+		t.Error("no event says that the sandbox is gone")
+	}
+}
+
 func mustSandbox(t testing.TB, m *managed, id string) *lifecycle.Sandbox {
 	t.Helper()
 	s, err := m.Sandbox(id)

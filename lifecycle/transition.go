@@ -274,6 +274,11 @@ func (m *Manager) Resume(ctx context.Context, id string, opts ConnectOptions) (S
 // Kill ends a sandbox and deletes all that there is of it, its keys first. What forks and checkpoints of it need stays. A transition under way is given up.
 func (m *Manager) Kill(ctx context.Context, id string) error {
 	began := time.Now()
+	ctx, done, err := m.call(ctx)
+	if err != nil {
+		return err
+	}
+	defer done()
 	e, err := m.find(id)
 	if err != nil {
 		return err
@@ -283,7 +288,7 @@ func (m *Manager) Kill(ctx context.Context, id string) error {
 		return err
 	}
 	defer e.leave()
-	err = m.delete(ctx, e, ReasonRequest)
+	err = because(ctx, m.delete(ctx, e, ReasonRequest))
 	m.meter.kill(time.Since(began), err)
 	return err
 }
