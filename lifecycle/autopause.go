@@ -20,7 +20,7 @@ func (m *Manager) next(e *entry) time.Time {
 	case e.deleted:
 		return time.Time{}
 	case e.state == StatePaused:
-		return e.row.Paused.Add(e.retention)
+		return later(e.row.Paused.Add(e.retention), e.retry)
 	case e.state != StateRunning:
 		return time.Time{} // who is at it plans anew
 	}
@@ -34,14 +34,18 @@ func (m *Manager) next(e *entry) time.Time {
 	if m.watches(e) {
 		at = earlier(at, e.live.watched.at.Add(watchEvery(e.row.IdleTimeout)))
 	}
-	if at.Before(e.retry) {
-		at = e.retry
-	}
-	return at
+	return later(at, e.retry)
 }
 
 func earlier(a, b time.Time) time.Time {
 	if b.Before(a) {
+		return b
+	}
+	return a
+}
+
+func later(a, b time.Time) time.Time {
+	if b.After(a) {
 		return b
 	}
 	return a

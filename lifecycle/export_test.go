@@ -56,6 +56,16 @@ func SnapshotOf(ctx context.Context, dir, sandbox string) (id snapshot.ID, err e
 	return id, err
 }
 
+// Failures is how often what was due for a sandbox has failed, since it succeeded.
+func Failures(m *Manager, id string) int {
+	m.mu.Lock()
+	e := m.sandboxes.byID[id]
+	m.mu.Unlock()
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.failures
+}
+
 // Watched is when the guest of a sandbox that runs was last looked at.
 func Watched(m *Manager, id string) time.Time {
 	e := m.sandboxes.byID[id]

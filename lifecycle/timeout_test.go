@@ -3,8 +3,10 @@
 package lifecycle_test
 
 import (
+	"database/sql"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"runtime"
 	"testing"
 	"time"
@@ -228,6 +230,41 @@ func TestWatchGuest(t *testing.T) {
 		eventually(t, "somebody looks", func() bool { return !lifecycle.Watched(m.Manager, s.ID()).Equal(looked) })
 	}
 	wantState(t, s, lifecycle.StateRunning)
+}
+
+// TestRetentionFails: what has expired and can't be deleted is tried again later, and not at once, over and over.
+func TestRetentionFails(t *testing.T) {
+	m := newManager(t, lifecycle.ManagerOptions{})
+	events, cancel := m.Subscribe()
+	defer cancel()
+	s := m.create(t, lifecycle.CreateOptions{})
+	pause(t, s)
+	db, err := sql.Open("sqlite", filepath.Join(m.dir, "catalog.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	if _, err := db.Exec("ALTER TABLE sandboxes RENAME TO away"); err != nil {
+		t.Fatal(err)
+	}
+	m.clock.advance(lifecycle.DefaultRetention)
+	for tries := 1; tries < 4; tries++ {
+		eventually(t, "it is tried", func() bool { return lifecycle.Failures(m.Manager, s.ID()) == tries })
+		for range 10_000 {
+			runtime.Gosched()
+		}
+		if n := lifecycle.Failures(m.Manager, s.ID()); n != tries {
+			t.Fatalf("tried %d times, of which %d were due", n, tries)
+		}
+		m.clock.advance(time.Second << tries) // 2 s after the first time, 4 s after the second
+	}
+	if _, err := db.Exec("ALTER TABLE away RENAME TO sandboxes"); err != nil {
+		t.Fatal(err)
+	}
+	m.clock.advance(time.Minute)
+	if e := waitEvent(t, events, stateIs(lifecycle.StateKilled)); e.Reason != lifecycle.ReasonExpired || e.Sandbox.ID != s.ID() {
+		t.Errorf("event %+v", e)
+	}
 }
 
 // TestRetention lets the retention of a paused sandbox end: every call says that there is none, and nothing is left.
