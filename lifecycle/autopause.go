@@ -128,8 +128,8 @@ const (
 	longestRetry = 5 * time.Minute
 )
 
-// failed has what was due be tried again, later and later.
-func (m *Manager) failed(e *entry, err error) {
+// failed has what was due be tried again, later and later, and says when.
+func (m *Manager) failed(e *entry, err error) (again time.Time) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	wait := min(firstRetry<<min(e.failures, 10), longestRetry)
@@ -137,6 +137,7 @@ func (m *Manager) failed(e *entry, err error) {
 	e.ending = false
 	e.retry = m.clock.Now().Add(wait)
 	e.row.LastError = err.Error()
+	return e.retry
 }
 
 // prepare begins to store what a pause at end would have to.

@@ -153,20 +153,34 @@ func (m *Manager) dismantle(l *live, how func(*Machine) error) error {
 	return errors.Join(errs...)
 }
 
-// watchEnd waits until a guest has ended, by itself or because its machine is no longer needed.
+// watchEnd waits until a guest has ended, by itself or because its machine is no longer needed, and sees to it that this is recorded.
 func (m *Manager) watchEnd(e *entry, l *live) {
 	<-l.machine.VM.Ended()
-	if err := e.enter(m.ctx); err != nil {
-		return
+	for again := m.noteEnd(e, l); !again.IsZero(); again = m.noteEnd(e, l) {
+		rings, stop := m.clock.NewTimer(again)
+		select {
+		case <-rings:
+		case <-m.ctx.Done():
+		}
+		stop()
+	}
+}
+
+// noteEnd does what is due when a guest has ended, and says when to try again; zero: no more.
+func (m *Manager) noteEnd(e *entry, l *live) (again time.Time) {
+	if m.ctx.Err() != nil || e.enter(m.ctx) != nil {
+		return time.Time{}
 	}
 	defer e.leave()
 	if e.live != l {
-		return // it was ended
+		return time.Time{} // it was ended
 	}
 	how := l.machine.VM.Wait(m.ctx)
-	if err := m.guestEnded(context.WithoutCancel(m.ctx), e, how); err == nil {
-		m.plan(e)
+	if err := m.guestEnded(context.WithoutCancel(m.ctx), e, how); err != nil {
+		return m.failed(e, err)
 	}
+	m.plan(e)
+	return time.Time{}
 }
 
 // guestEnded brings a sandbox whose guest has ended back to its last pause, from where it can be connected to, or deletes it if there was none.

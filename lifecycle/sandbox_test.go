@@ -135,22 +135,24 @@ func TestSandboxResumeFails(t *testing.T) {
 	m.wantMark(t, s, 1)
 }
 
-// TestGuestEnds has guests end by themselves: one that was paused before goes back to that, another is gone.
-func TestGuestEnds(t *testing.T) {
+// newWorkers is a Manager with a template "worker", whose guests switch themselves off when their device says so. device is the last one's; before it
+// is made anew for a guest that begins anew, it is to be forgotten.
+func newWorkers(t *testing.T) (m *managed, device **testvm.Device) {
+	t.Helper()
 	w, err := testvm.NewWorker(testvm.WorkerConfig{Memory: tickerMemory, Every: 64, Seed: seed, PowerOff: testvm.PortWrite{Port: 0x64, Width: 1, Value: 0xfe}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	var device *testvm.Device
+	device = new(*testvm.Device)
 	hardware := func() vmm.Hardware {
 		var saved []testvm.VCPUState
-		if device != nil {
-			saved = device.State()
+		if *device != nil {
+			saved = (*device).State()
 		}
-		device = testvm.NewDevice(w, saved, testvm.NoLimit, nil)
-		return vmm.Hardware{Ports: []vmm.Ports{device.Ports()}}
+		*device = testvm.NewDevice(w, saved, testvm.NoLimit, nil)
+		return vmm.Hardware{Ports: []vmm.Ports{(*device).Ports()}}
 	}
-	m := openManager(t, t.TempDir(), newFakeClock(), lifecycle.ManagerOptions{
+	m = openManager(t, t.TempDir(), newFakeClock(), lifecycle.ManagerOptions{
 		Connect: func(context.Context, lifecycle.Start) (lifecycle.Connection, error) {
 			return lifecycle.Connection{Hardware: hardware()}, nil
 		},
@@ -159,25 +161,61 @@ func TestGuestEnds(t *testing.T) {
 	if _, err := m.CreateTemplate(t.Context(), cfg); err != nil {
 		t.Fatal(err)
 	}
+	return m, device
+}
+
+// TestGuestEnds has guests end by themselves: one that was paused before goes back to that, another is gone.
+func TestGuestEnds(t *testing.T) {
+	m, device := newWorkers(t)
 	events, cancel := m.Subscribe()
 	defer cancel()
 	s := m.create(t, lifecycle.CreateOptions{Template: "worker"})
 	pause(t, s)
 	connect(t, s)
-	device.PowerOff()
+	(*device).PowerOff()
 	e := waitEvent(t, events, func(e lifecycle.Event) bool { return e.Reason == lifecycle.ReasonEnded })
 	if e.Sandbox.State != lifecycle.StatePaused || e.Sandbox.LastError == "" || !e.Disconnected {
 		t.Errorf("event %+v", e)
 	}
 	wantState(t, s, lifecycle.StatePaused)
-	device = nil // its guest has begun anew as well
+	*device = nil // its guest has begun anew as well
 	fresh := m.create(t, lifecycle.CreateOptions{Template: "worker"})
-	device.PowerOff()
+	(*device).PowerOff()
 	e = waitEvent(t, events, func(e lifecycle.Event) bool { return e.Reason == lifecycle.ReasonEnded })
 	if e.Sandbox.State != lifecycle.StateKilled || e.Sandbox.ID != fresh.ID() {
 		t.Errorf("event %+v", e)
 	}
 	wantGone(t, fresh)
+}
+
+// TestGuestEndsUnnoted: that a guest has ended is recorded as soon as that can be.
+func TestGuestEndsUnnoted(t *testing.T) {
+	m, device := newWorkers(t)
+	events, cancel := m.Subscribe()
+	defer cancel()
+	*device = nil
+	s := m.create(t, lifecycle.CreateOptions{Template: "worker", Timeout: time.Hour})
+	pause(t, s)
+	connect(t, s)
+	db, err := sql.Open("sqlite", filepath.Join(m.dir, "catalog.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	if _, err := db.Exec("ALTER TABLE sandboxes RENAME TO away"); err != nil {
+		t.Fatal(err)
+	}
+	(*device).PowerOff()
+	eventually(t, "it is tried", func() bool { return lifecycle.Failures(m.Manager, s.ID()) == 1 })
+	if _, err := db.Exec("ALTER TABLE away RENAME TO sandboxes"); err != nil {
+		t.Fatal(err)
+	}
+	m.clock.advance(2 * time.Second)
+	e := waitEvent(t, events, func(e lifecycle.Event) bool { return e.Reason == lifecycle.ReasonEnded })
+	if e.Sandbox.State != lifecycle.StatePaused || e.Sandbox.LastError == "" {
+		t.Errorf("event %+v", e)
+	}
+	connect(t, s)
 }
 
 // TestLogs follows what a guest writes to its console through a pause.
