@@ -146,18 +146,20 @@ func BenchmarkReadWorkingSet(b *testing.B) {
 	} {
 		b.Run(c.name, func(b *testing.B) {
 			var took []time.Duration
-			var faults uint64
+			var faults, huge uint64
 			for b.Loop() {
 				m, guest := resume(c.opts)
 				if c.wait {
 					r.must(m.WaitPrefetch(b.Context()))
 				}
 				took = append(took, guest.time())
-				faults += m.VM.Memory().Stats().Faults
+				stats := m.VM.Memory().Stats()
+				faults, huge = faults+stats.Faults, huge+stats.HugeBytes
 				r.must(m.Close())
 			}
 			b.ReportMetric(percentile(took, 0.5), "ms")
 			b.ReportMetric(float64(faults)/float64(b.N), "faults")
+			b.ReportMetric(float64(huge)/(1<<20)/float64(b.N), "huge-MiB")
 			b.ReportMetric(0, "ns/op")
 		})
 	}
