@@ -62,6 +62,7 @@ func (m *Manager) assemble(ctx context.Context, e *entry, l *live, from origin) 
 		Hardware: hardware,
 		Disks:    Disks{Dir: m.disks()},
 		Prefetch: m.opts.Prefetch,
+		Pool:     m.shelf.pool(e.row.MemoryBytes),
 	})
 	if err == nil {
 		l.console.restore(l.machine.Section)
