@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/http/httptest"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"testing"
 	"time"
@@ -99,25 +100,25 @@ func BenchmarkSandbox(b *testing.B) {
 		}
 		watch.report()
 	})
-	b.Run("http", func(b *testing.B) { benchSandbox(b, newManager(b)) })
+	b.Run("http", func(b *testing.B) { benchSandbox(b, newManager(b), 0) })
 	// As the command serves them: each machine may have sockets, which the next one of the sandbox needs.
 	for _, pool := range []int{0, 2} {
 		b.Run(fmt.Sprintf("serve/pool=%d", pool), func(b *testing.B) {
 			dir := newDir(b)
-			benchSandbox(b, managerOf(b, dir, lifecycle.ManagerOptions{Connect: server.Hardware(dir), Pool: pool}, lifecycle.TemplateConfig{}))
+			benchSandbox(b, managerOf(b, dir, lifecycle.ManagerOptions{Connect: server.Hardware(dir), Pool: pool}, lifecycle.TemplateConfig{}), pool)
 		})
 		b.Run(fmt.Sprintf("serve-vsock/pool=%d", pool), func(b *testing.B) {
 			dir := newDir(b)
 			benchSandbox(b, managerOf(b, dir, lifecycle.ManagerOptions{Connect: server.Hardware(dir), Pool: pool}, lifecycle.TemplateConfig{
 				Labels: map[string]string{server.LabelVsock: "3"},
 				VM:     vmm.Config{Hardware: vmm.Hardware{Vsock: &vmm.Vsock{CID: 3, Path: filepath.Join(dir, "vsock")}}},
-			}))
+			}), pool)
 		})
 	}
 }
 
-// benchSandbox is the life of a sandbox over HTTP, with each connect right after a pause.
-func benchSandbox(b *testing.B, m *lifecycle.Manager) {
+// benchSandbox is the life of a sandbox over HTTP, with each connect right after a pause, or when the Manager's pool is full.
+func benchSandbox(b *testing.B, m *lifecycle.Manager, pool int) {
 	b.Helper()
 	c := newClient(b, m)
 	watch := newStopwatch(b)
@@ -126,6 +127,9 @@ func benchSandbox(b *testing.B, m *lifecycle.Manager) {
 		watch.time("create", func() (err error) { s, err = c.Create(b.Context(), client.CreateOptions{}); return err })
 		for range 2 {
 			watch.time("pause", func() error { return c.Pause(b.Context(), s.ID) })
+			for m.Metrics().Pool.Ready < pool {
+				runtime.Gosched()
+			}
 			watch.time("connect", func() error { _, _, err := c.Connect(b.Context(), s.ID, 0); return err })
 		}
 		watch.time("kill", func() error { return c.Kill(b.Context(), s.ID) })

@@ -41,8 +41,8 @@ type ManagerOptions struct {
 	// Prefetch is what resumes of paused sandboxes fetch ahead.
 	Prefetch Prefetch
 	// Pool is how many of KVM's VMs are kept ready, for sandboxes to be made or resumed in: at most, and all together, for the sizes of memory
-	// that sandboxes had lately, so there should be one at least for each of these. A machine that finds none of its size makes its own. See
-	// Pool for what they take; 0 means none, and 1024 is the most.
+	// that sandboxes had lately. There should be one at least for each of these. A machine that finds none of its size makes its own, and what can't be
+	// made in advance is tried again after the next machine. See Pool for what they take; 0 means none, and 1024 is the most.
 	Pool int
 	// ImageLimit, if not 0, is how much memory each template's image takes at most, in bytes, apart from what sandboxes write; see Template.LimitImage.
 	ImageLimit uint64
