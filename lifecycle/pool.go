@@ -17,7 +17,7 @@ const maxPool = 1024
 // A VM that waits takes two files of this process, and of the kernel's memory some 100 KiB and its tables: 10 bytes for each page of
 // the machine's, 2.5 MiB for each GiB, where KVM shadows page tables, and next to nothing where the processor nests them. And as the
 // kernel tells all VMs of a process what changes in its memory, each makes each page of any guest that is copied because it is written
-// for the first time 0.3 us slower. So a few are better than many. bench's BenchmarkPoolIdle measures.
+// for the first time 0.2 us slower. So a few are better than many. bench's BenchmarkPoolIdle measures.
 //
 // A Manager has VMs for sandboxes of several sizes: ManagerOptions.Pool.
 type Pool struct {
