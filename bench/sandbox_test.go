@@ -6,6 +6,8 @@ import (
 	"context"
 	"fmt"
 	"net/http/httptest"
+	"path/filepath"
+	"runtime"
 	"slices"
 	"testing"
 	"time"
@@ -25,7 +27,13 @@ const sandboxMemory = 128 << 20
 // newManager opens a Manager with a template of a guest that mostly sleeps.
 func newManager(b *testing.B) *lifecycle.Manager {
 	b.Helper()
-	m, err := lifecycle.OpenManager(b.Context(), newDir(b), lifecycle.ManagerOptions{})
+	return managerOf(b, newDir(b), lifecycle.ManagerOptions{}, lifecycle.TemplateConfig{})
+}
+
+// managerOf is newManager with options, and a template with some hardware.
+func managerOf(b *testing.B, dir string, opts lifecycle.ManagerOptions, cfg lifecycle.TemplateConfig) *lifecycle.Manager {
+	b.Helper()
+	m, err := lifecycle.OpenManager(b.Context(), dir, opts)
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -38,10 +46,8 @@ func newManager(b *testing.B) *lifecycle.Manager {
 	if err != nil {
 		b.Fatal(err)
 	}
-	_, err = m.CreateTemplate(b.Context(), lifecycle.TemplateConfig{
-		Name: "base", VM: vmm.Config{MemoryBytes: sandboxMemory, Boot: im.Program()},
-	})
-	if err != nil {
+	cfg.Name, cfg.VM.MemoryBytes, cfg.VM.Boot = "base", sandboxMemory, im.Program()
+	if _, err = m.CreateTemplate(b.Context(), cfg); err != nil {
 		b.Fatal(err)
 	}
 	return m
@@ -94,20 +100,41 @@ func BenchmarkSandbox(b *testing.B) {
 		}
 		watch.report()
 	})
-	b.Run("http", func(b *testing.B) {
-		c := newClient(b, newManager(b))
-		watch := newStopwatch(b)
-		for b.Loop() {
-			var s client.Sandbox
-			watch.time("create", func() (err error) { s, err = c.Create(b.Context(), client.CreateOptions{}); return err })
-			for range 2 {
-				watch.time("pause", func() error { return c.Pause(b.Context(), s.ID) })
-				watch.time("connect", func() error { _, _, err := c.Connect(b.Context(), s.ID, 0); return err })
+	b.Run("http", func(b *testing.B) { benchSandbox(b, newManager(b), 0) })
+	// As the command serves them: each machine may have sockets, which the next one of the sandbox needs.
+	for _, pool := range []int{0, 2} {
+		b.Run(fmt.Sprintf("serve/pool=%d", pool), func(b *testing.B) {
+			dir := newDir(b)
+			benchSandbox(b, managerOf(b, dir, lifecycle.ManagerOptions{Connect: server.Hardware(dir), Pool: pool}, lifecycle.TemplateConfig{}), pool)
+		})
+		b.Run(fmt.Sprintf("serve-vsock/pool=%d", pool), func(b *testing.B) {
+			dir := newDir(b)
+			benchSandbox(b, managerOf(b, dir, lifecycle.ManagerOptions{Connect: server.Hardware(dir), Pool: pool}, lifecycle.TemplateConfig{
+				Labels: map[string]string{server.LabelVsock: "3"},
+				VM:     vmm.Config{Hardware: vmm.Hardware{Vsock: &vmm.Vsock{CID: 3, Path: filepath.Join(dir, "vsock")}}},
+			}), pool)
+		})
+	}
+}
+
+// benchSandbox is the life of a sandbox over HTTP, with each connect right after a pause, or when the Manager's pool is full.
+func benchSandbox(b *testing.B, m *lifecycle.Manager, pool int) {
+	b.Helper()
+	c := newClient(b, m)
+	watch := newStopwatch(b)
+	for b.Loop() {
+		var s client.Sandbox
+		watch.time("create", func() (err error) { s, err = c.Create(b.Context(), client.CreateOptions{}); return err })
+		for range 2 {
+			watch.time("pause", func() error { return c.Pause(b.Context(), s.ID) })
+			for m.Metrics().Pool.Ready < pool {
+				runtime.Gosched()
 			}
-			watch.time("kill", func() error { return c.Kill(b.Context(), s.ID) })
+			watch.time("connect", func() error { _, _, err := c.Connect(b.Context(), s.ID, 0); return err })
 		}
-		watch.report()
-	})
+		watch.time("kill", func() error { return c.Kill(b.Context(), s.ID) })
+	}
+	watch.report()
 }
 
 // newClient serves a Manager over loopback.

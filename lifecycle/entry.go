@@ -19,8 +19,10 @@ type entry struct {
 	id        string
 	created   int64 // ns since 1970
 	retention time.Duration
-	turn      chan struct{}  // holds a value while somebody has the turn
-	endings   sync.WaitGroup // machines that are ending behind a pause's back; added to, and waited for, by who has the turn
+	turn      chan struct{} // holds a value while somebody has the turn
+	// Machines that are ending behind a pause's back, and those of them that still have sockets and taps. Added to, and waited for, by who
+	// has the turn.
+	endings, connected sync.WaitGroup
 
 	mu      sync.Mutex
 	row     catalog.Sandbox // as the catalog has it

@@ -9,6 +9,7 @@ import (
 	"github.com/cryovisor/cryovisor/blockdev"
 	"github.com/cryovisor/cryovisor/internal/catalog"
 	"github.com/cryovisor/cryovisor/snapshot"
+	"github.com/cryovisor/cryovisor/vmm"
 )
 
 // ParseDisks is what reads the section of disks.
@@ -99,4 +100,14 @@ func OpenTemplates(m *Manager) (n int) {
 		}
 	}
 	return n
+}
+
+// FailPool has the VMs that a Manager makes in advance fail; with nil, they are made again.
+func FailPool(m *Manager, err error) {
+	m.shelf.mu.Lock()
+	defer m.shelf.mu.Unlock()
+	m.shelf.build = reserveShell
+	if err != nil {
+		m.shelf.build = func(uint64) (*vmm.Shell, error) { return nil, err }
+	}
 }

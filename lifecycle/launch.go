@@ -26,7 +26,7 @@ func (m *Manager) launch(ctx context.Context, e *entry, from origin, row catalog
 		return err
 	}
 	if m.opts.Connect != nil { // whose sockets and taps the last machine may still have
-		e.endings.Wait()
+		e.connected.Wait()
 	}
 	if err := m.stored.hold(from.snapshot); err != nil {
 		m.returnSlot()
@@ -62,6 +62,7 @@ func (m *Manager) assemble(ctx context.Context, e *entry, l *live, from origin) 
 		Hardware: hardware,
 		Disks:    Disks{Dir: m.disks()},
 		Prefetch: m.opts.Prefetch,
+		Pool:     m.shelf.pool(e.row.MemoryBytes),
 	})
 	if err == nil {
 		l.console.restore(l.machine.Section)
@@ -120,14 +121,28 @@ func (m *Manager) returnSlot() {
 func (m *Manager) discardMachine(e *entry) error { return m.dismantle(m.detach(e), (*Machine).Discard) }
 
 // closeMachine ends the machine of a sandbox, whose turn the caller has and of which a snapshot has everything, behind the caller's back: KVM takes
-// some 20 ms to destroy a VM. What can't be given back is when the process ends, or the directory is opened again.
+// some 20 ms to destroy a VM. The sandbox's next machine waits for the sockets and taps only, which are free before. What can't be given back is when the
+// process ends, or the directory is opened again.
 func (m *Manager) closeMachine(e *entry) {
 	l := m.detach(e)
 	e.endings.Add(1)
+	e.connected.Add(1)
 	m.work.Go(func() {
 		defer e.endings.Done()
+		_ = m.disconnect(l)
+		e.connected.Done()
 		_ = m.dismantle(l, (*Machine).Close)
 	})
+}
+
+// disconnect is the first part of dismantle, for a machine that is complete: what the embedder has given it is free.
+func (m *Manager) disconnect(l *live) error {
+	err := errors.Join(l.dropPreparation(), l.machine.disconnect())
+	if l.connection.Close != nil {
+		err = errors.Join(err, l.connection.Close())
+		l.connection.Close = nil
+	}
+	return err
 }
 
 // detach takes the machine from a sandbox, which does not run any more.

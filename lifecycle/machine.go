@@ -259,12 +259,27 @@ func (m *Machine) Close() error { return m.end((*machineDisk).close) }
 // Discard is Close for a machine that nobody wants back: what it has changed on its disks is removed in any case.
 func (m *Machine) Discard() error { return m.end((*machineDisk).remove) }
 
-func (m *Machine) end(endDisk func(*machineDisk) error) error {
+// disconnect is the first part of Close or Discard, one of which must follow: it gives back what is of the machine's Hardware, and nothing
+// that takes KVM long.
+func (m *Machine) disconnect() error {
 	m.giveUp(vmm.ErrClosed)
-	m.pausing.Lock() // what a Pause reads must not go away under it
+	m.pausing.Lock()
 	defer m.pausing.Unlock()
+	m.stop()
+	return m.VM.Disconnect()
+}
+
+// stop ends what goes on beside the VM. The caller holds pausing: what a Pause reads must not go away under it.
+func (m *Machine) stop() {
 	m.closed = true
 	m.prefetch.end()
+}
+
+func (m *Machine) end(endDisk func(*machineDisk) error) error {
+	m.giveUp(vmm.ErrClosed)
+	m.pausing.Lock()
+	defer m.pausing.Unlock()
+	m.stop()
 	var errs []error
 	if m.VM != nil {
 		errs = append(errs, m.VM.Close())

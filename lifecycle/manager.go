@@ -8,6 +8,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -39,6 +40,10 @@ type ManagerOptions struct {
 	Connect func(ctx context.Context, start Start) (Connection, error)
 	// Prefetch is what resumes of paused sandboxes fetch ahead.
 	Prefetch Prefetch
+	// Pool is how many of KVM's VMs are kept ready, for sandboxes to be made or resumed in: at most, and all together, for the sizes of memory
+	// that sandboxes had lately. There should be one at least for each of these. A machine that finds none of its size makes its own, and what can't be
+	// made in advance is tried again after the next machine. See Pool for what they take; 0 means none, and 1024 is the most.
+	Pool int
 	// ImageLimit, if not 0, is how much memory each template's image takes at most, in bytes, apart from what sandboxes write; see Template.LimitImage.
 	ImageLimit uint64
 	// PrepareAhead is how long before a pause by timeout its preparation begins; 0 means some seconds, by the sandbox's memory; less than 0 means
@@ -91,6 +96,7 @@ type Manager struct {
 	store   *snapshot.Store
 	catalog *catalog.Catalog
 	stored  *holdings
+	shelf   *shelf // nil if nothing is made in advance
 	alarms  *alarms
 	events  broker
 	meter   meter
@@ -164,7 +170,27 @@ func (m *Manager) open(ctx context.Context) error {
 	if err := m.openParts(); err != nil {
 		return err
 	}
-	return m.recover(ctx)
+	if err := m.recover(ctx); err != nil {
+		return err
+	}
+	m.openShelf()
+	return nil
+}
+
+// openShelf begins to make VMs in advance, for machines like those that there are.
+func (m *Manager) openShelf() {
+	if m.opts.Pool == 0 {
+		return
+	}
+	m.shelf = newShelf(m.opts.Pool)
+	for _, t := range slices.Backward(m.Templates()) {
+		m.shelf.expect(t.MemoryBytes)
+	}
+	for _, e := range m.sandboxes.order {
+		m.shelf.expect(e.row.MemoryBytes)
+	}
+	m.shelf.start()
+	m.shelf.refill()
 }
 
 // openParts opens what lies in the directory.
@@ -194,6 +220,9 @@ func checkOptions(o ManagerOptions) error {
 	case o.Limits.Running < 0 || o.Limits.Paused < 0:
 		return fmt.Errorf("%w: limits of %d running and %d paused sandboxes", ErrInvalid, o.Limits.Running, o.Limits.Paused)
 	}
+	if o.Pool < 0 || o.Pool > maxPool {
+		return fmt.Errorf("%w: a pool of %d VMs; at most %d", ErrInvalid, o.Pool, maxPool)
+	}
 	return checkAction(o.OnClose)
 }
 
@@ -201,7 +230,7 @@ func checkOptions(o ManagerOptions) error {
 func (m *Manager) release() error {
 	m.quit()
 	m.refuse(nil)
-	var errs []error
+	errs := []error{m.shelf.close()}
 	for _, t := range m.templates {
 		errs = append(errs, t.close())
 	}

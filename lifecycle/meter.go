@@ -19,6 +19,7 @@ type Metrics struct {
 	Expired     uint64
 	AutoPauses  uint64 // of Pauses
 	TakenBack   uint64 // pauses that were given up because somebody connected; they count as failed
+	Pool        PoolMetrics
 }
 
 // Operation counts what was done and how long it took.
@@ -38,6 +39,7 @@ var OperationBuckets = []time.Duration{
 func (m *Manager) Metrics() Metrics {
 	metrics := m.meter.read()
 	metrics.StoredBytes = m.stored.total()
+	metrics.Pool = m.shelf.stats()
 	metrics.States = make(map[State]int)
 	m.mu.Lock()
 	defer m.mu.Unlock()

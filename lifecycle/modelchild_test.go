@@ -100,7 +100,7 @@ type modelProcess struct {
 
 // open opens the directory, and says what is in it.
 func (p *modelProcess) open(o order, clock *fakeClock) {
-	m, err := lifecycle.OpenManager(context.Background(), p.dir, lifecycle.ManagerOptions{Clock: clock, PrepareAhead: time.Minute})
+	m, err := lifecycle.OpenManager(context.Background(), p.dir, lifecycle.ManagerOptions{Clock: clock, PrepareAhead: time.Minute, Pool: 2})
 	if err == nil {
 		p.m = &managed{m, p.dir, clock}
 		if _, missing := m.Template("ticker"); missing != nil {

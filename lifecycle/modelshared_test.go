@@ -49,7 +49,7 @@ func TestModelShared(t *testing.T) {
 	seed := uint64(envInt("CRYOVISOR_MODEL_SEED", int(time.Now().UnixNano()%1e9)))
 	total := envInt("CRYOVISOR_MODEL_OPS", map[bool]int{false: modelOps, true: modelOps / 3}[testing.Short()])
 	t.Logf("seed %d, %d operations", seed, total)
-	c := &contest{managed: newManager(t, lifecycle.ManagerOptions{PrepareAhead: 5 * time.Minute, Retention: 3 * time.Hour}), t: t}
+	c := &contest{managed: newManager(t, lifecycle.ManagerOptions{PrepareAhead: 5 * time.Minute, Retention: 3 * time.Hour, Pool: 2}), t: t}
 	c.empty = c.stored(t)
 	for i := range c.boxes {
 		c.fill(i, nil)

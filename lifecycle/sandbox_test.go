@@ -7,8 +7,10 @@ import (
 	"context"
 	"database/sql"
 	"errors"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -133,6 +135,48 @@ func TestSandboxResumeFails(t *testing.T) {
 	show(t, hidden)
 	connect(t, s)
 	m.wantMark(t, s, 1)
+}
+
+// TestHandover connects to a sandbox right after its pause, again and again: its next machine gets what the last one had, when that has given it back.
+func TestHandover(t *testing.T) {
+	checkLeaks(t)
+	path := filepath.Join(t.TempDir(), "vsock")
+	var users atomic.Int64
+	m := openManager(t, t.TempDir(), newFakeClock(), lifecycle.ManagerOptions{Connect: func(context.Context, lifecycle.Start) (lifecycle.Connection, error) {
+		if n := users.Add(1); n != 1 {
+			t.Errorf("%d machines have the socket", n)
+		}
+		closing := func() error {
+			if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
+				t.Errorf("the machine has its socket when it has ended: %v", err)
+			}
+			users.Add(-1)
+			return nil
+		}
+		return lifecycle.Connection{Hardware: vmm.Hardware{Vsock: &vmm.Vsock{CID: 3, Path: path}}, Close: closing}, nil
+	}})
+	cfg := ticker(t, "ticker")
+	cfg.VM.Vsock = &vmm.Vsock{CID: 3, Path: path}
+	if _, err := m.CreateTemplate(t.Context(), cfg); err != nil {
+		t.Fatal(err)
+	}
+	s := m.create(t, lifecycle.CreateOptions{})
+	for i := range uint64(20) {
+		m.mark(t, s, i)
+		pause(t, s)
+		connect(t, s)
+		m.wantMark(t, s, i)
+	}
+	pause(t, s)
+	if err := s.Kill(t.Context()); err != nil { // which waits for the rest of the machine
+		t.Fatal(err)
+	}
+	if n := users.Load(); n != 0 {
+		t.Errorf("after a kill, %d machines have the socket", n)
+	}
+	if n := openVMs(t); n != 0 {
+		t.Errorf("after a kill, %d VMs are left", n)
+	}
 }
 
 // newWorkers is a Manager with a template "worker", whose guests switch themselves off when their device says so. device is the last one's; before it

@@ -7,7 +7,7 @@ type pendingShell struct {
 	made  chan struct{} // closed when it is, or has failed
 	shell *vmm.Shell
 	err   error
-	pool  *Pool // that it was taken from; nil if it was made for somebody
+	pool  *Pool // that was asked for it, or nil
 }
 
 func makeShell() *pendingShell {
@@ -26,18 +26,18 @@ func (p *pendingShell) wait() (*vmm.Shell, error) {
 
 // put gives a VM that does not fit back to its pool, and makes another.
 func (p *pendingShell) put() {
-	p.pool.put(p.shell)
+	p.pool.shelf.put(p.pool.memoryBytes, p.shell)
 	another := makeShell()
 	<-another.made
-	*p = *another
+	p.made, p.shell, p.err = another.made, another.shell, another.err
 }
 
-// close gives the VM back unless it has been used, and has its pool replace it: not before, since that takes a processor.
+// close gives the VM back unless it has been used, and has the pool replace it: not before, since that takes a processor.
 func (p *pendingShell) close() {
 	if shell, err := p.wait(); err == nil {
 		shell.Close()
 	}
 	if p.pool != nil {
-		p.pool.replace()
+		p.pool.shelf.refill()
 	}
 }

@@ -63,12 +63,14 @@ var (
 	expiredDesc    = prometheus.NewDesc("cryovisor_expired_total", "Sandboxes whose retention has ended.", nil, nil)
 	autoDesc       = prometheus.NewDesc("cryovisor_auto_pauses_total", "Pauses because of a timeout.", nil, nil)
 	takenBackDesc  = prometheus.NewDesc("cryovisor_pauses_taken_back_total", "Pauses that a connection took back.", nil, nil)
+	poolReadyDesc  = prometheus.NewDesc("cryovisor_pool_ready", "VMs that were made in advance and are ready.", nil, nil)
+	poolUsesDesc   = prometheus.NewDesc("cryovisor_pool_uses_total", "Machines that found such a VM, and that did not.", []string{"found"}, nil)
 )
 
 // Describe implements prometheus.Collector.
 func (c managerCollector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
-		sandboxesDesc, templatesDesc, storedDesc, operationsDesc, failedDesc, expiredDesc, autoDesc, takenBackDesc,
+		sandboxesDesc, templatesDesc, storedDesc, operationsDesc, failedDesc, expiredDesc, autoDesc, takenBackDesc, poolReadyDesc, poolUsesDesc,
 	} {
 		ch <- d
 	}
@@ -87,6 +89,9 @@ func (c managerCollector) Collect(ch chan<- prometheus.Metric) {
 	ch <- prometheus.MustNewConstMetric(expiredDesc, prometheus.CounterValue, float64(m.Expired))
 	ch <- prometheus.MustNewConstMetric(autoDesc, prometheus.CounterValue, float64(m.AutoPauses))
 	ch <- prometheus.MustNewConstMetric(takenBackDesc, prometheus.CounterValue, float64(m.TakenBack))
+	ch <- prometheus.MustNewConstMetric(poolReadyDesc, prometheus.GaugeValue, float64(m.Pool.Ready))
+	ch <- prometheus.MustNewConstMetric(poolUsesDesc, prometheus.CounterValue, float64(m.Pool.Taken), "yes")
+	ch <- prometheus.MustNewConstMetric(poolUsesDesc, prometheus.CounterValue, float64(m.Pool.Missed), "no")
 	for name, o := range map[string]lifecycle.Operation{"create": m.Creates, "pause": m.Pauses, "resume": m.Resumes, "kill": m.Kills} {
 		ch <- prometheus.MustNewConstMetric(failedDesc, prometheus.CounterValue, float64(o.Failed), name)
 		ch <- histogram(o, name)

@@ -51,6 +51,7 @@ type VM struct {
 
 	mu       sync.Mutex // held by the calls that change phase, and while they take
 	phase    phase
+	released bool // Close has been called
 	launches uint64
 	stopped  <-chan struct{} // closed when no vCPU runs the guest any more
 
@@ -218,6 +219,20 @@ func (vm *VM) VCPUs() int { return len(vm.vcpus) }
 // file descriptor or mapping of the VM is left. A Pause under way returns. Close
 // may be called more than once.
 func (vm *VM) Close() error {
+	err := vm.Disconnect()
+	vm.mu.Lock()
+	defer vm.mu.Unlock()
+	if vm.released {
+		return err
+	}
+	vm.released = true
+	return errors.Join(err, vm.releaseKVM(), vm.mem.Close())
+}
+
+// Disconnect is the first part of Close, which must follow: it ends the VM and gives
+// back what another may be waiting for, its sockets, taps, disks and consoles. What is left
+// is memory, and KVM's own, which takes KVM some 20 ms to destroy.
+func (vm *VM) Disconnect() error {
 	// Before the lock, which a Pause holds while it waits for a page that a vCPU
 	// needs, or for the console.
 	vm.end(ErrClosed)
@@ -233,18 +248,19 @@ func (vm *VM) Close() error {
 	}
 	vm.phase = phaseClosed
 	vm.endInput()
-	return errors.Join(vm.release(), vm.mem.Close())
+	return vm.releaseHardware()
 }
 
 // release gives back everything but the memory. No vCPU runs.
-func (vm *VM) release() error {
-	var errs []error
+func (vm *VM) release() error { return errors.Join(vm.releaseHardware(), vm.releaseKVM()) }
+
+func (vm *VM) releaseHardware() error {
 	for _, c := range vm.vcpus {
 		close(c.cmds)
 		<-c.dead
 	}
 	vm.quit()
-	errs = append(errs, vm.closeVirtio())
+	err := vm.closeVirtio()
 	if vm.serial != nil {
 		ctx, cancel := context.WithTimeout(context.Background(), consoleGrace)
 		// An error is about the console, whose output nobody may be reading.
@@ -252,5 +268,7 @@ func (vm *VM) release() error {
 		cancel()
 	}
 	vm.track.close()
-	return errors.Join(append(errs, vm.kvm.Close(), vm.sys.Close())...)
+	return err
 }
+
+func (vm *VM) releaseKVM() error { return errors.Join(vm.kvm.Close(), vm.sys.Close()) }

@@ -44,6 +44,7 @@ func TestPhases(t *testing.T) {
 		return vm
 	}
 	closed := func(t *testing.T) *vmm.VM { vm := running(t); must(t, vm.Close()); return vm }
+	disconnected := func(t *testing.T) *vmm.VM { vm := running(t); must(t, vm.Disconnect()); return vm }
 	for _, phase := range []struct {
 		name  string
 		make  func(*testing.T) *vmm.VM
@@ -55,6 +56,7 @@ func TestPhases(t *testing.T) {
 		{"restored", restored, map[string]error{"Start": vmm.ErrRunState, "Pause": vmm.ErrRunState}},
 		{"ended", ended, map[string]error{"Start": vmm.ErrTripleFault, "Resume": vmm.ErrTripleFault, "Pause": vmm.ErrTripleFault, "State": vmm.ErrTripleFault}},
 		{"closed", closed, map[string]error{"Start": vmm.ErrClosed, "Resume": vmm.ErrClosed, "Pause": vmm.ErrClosed, "State": vmm.ErrClosed}},
+		{"disconnected", disconnected, map[string]error{"Start": vmm.ErrClosed, "Resume": vmm.ErrClosed, "Pause": vmm.ErrClosed, "State": vmm.ErrClosed}},
 	} {
 		for _, call := range calls {
 			t.Run(phase.name+"/"+call.name, func(t *testing.T) {
@@ -225,6 +227,11 @@ func TestCloseFromEverywhere(t *testing.T) {
 				}
 			})
 		}
+		wg.Go(func() {
+			if err := vm.Disconnect(); err != nil {
+				t.Error(err)
+			}
+		})
 		wg.Wait()
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"os"
 	"path/filepath"
 	"slices"
 	"sync/atomic"
@@ -160,6 +161,50 @@ func TestPauseGivesUpOnASlowDisk(t *testing.T) {
 	must(t, vm.Resume())
 	g.work(t, vm, 5)
 	g.check(t, vm)
+}
+
+// TestDisconnect: another machine can have the sockets of one of which KVM still has its own.
+func TestDisconnect(t *testing.T) {
+	needKVM(t)
+	g := newWorker(t, testvm.WorkerConfig{})
+	g.more.Vsock = &vmm.Vsock{CID: 3, Path: filepath.Join(t.TempDir(), "vsock")}
+	open := openVMs(t)
+	vm := g.boot(t, testvm.NoLimit)
+	must(t, vm.Start())
+	g.work(t, vm, 5)
+	must(t, vm.Disconnect())
+	must(t, vm.Disconnect())
+	if err := vm.TrackDirty(true); !errors.Is(err, vmm.ErrClosed) {
+		t.Errorf("tracking: %v", err)
+	}
+	if n := openVMs(t); n != open+1 {
+		t.Errorf("%d VMs are open, want %d", n, open+1)
+	}
+	next := newWorker(t, testvm.WorkerConfig{})
+	next.more.Vsock = g.more.Vsock
+	another := next.boot(t, testvm.NoLimit)
+	must(t, another.Start())
+	next.work(t, another, 5)
+	must(t, vm.Close())
+	must(t, vm.Close())
+	if n := openVMs(t); n != open+1 {
+		t.Errorf("%d VMs are open when one is closed, want %d", n, open+1)
+	}
+	next.work(t, another, 5)
+	must(t, another.Close())
+}
+
+// openVMs is how many VMs of KVM's this process has.
+func openVMs(t *testing.T) (n int) {
+	t.Helper()
+	files, err := os.ReadDir("/proc/self/fd")
+	must(t, err)
+	for _, f := range files {
+		if to, err := os.Readlink(filepath.Join("/proc/self/fd", f.Name())); err == nil && to == "anon_inode:kvm-vm" {
+			n++
+		}
+	}
+	return n
 }
 
 // TestVsockPathInUse: a second machine may not take the first one's socket.

@@ -49,6 +49,7 @@ func (*VM) Pause(context.Context) error { return ErrNotSupported }
 func (*VM) State() (*State, error)      { return nil, ErrNotSupported }
 func (*VM) Wait(context.Context) error  { return ErrNotSupported }
 func (*VM) Close() error                { return nil }
+func (*VM) Disconnect() error           { return nil }
 func (*VM) Memory() *memory.Memory      { return nil }
 func (*VM) Paused() bool                { return false }
 func (*VM) Launches() uint64            { return 0 }

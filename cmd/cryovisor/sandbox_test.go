@@ -311,7 +311,7 @@ func TestShow(t *testing.T) {
 }
 
 func TestServeRefuses(t *testing.T) {
-	for _, args := range [][]string{{"--listen", "0.0.0.0:0"}, {"--listen", ":0"}, {"--tls-cert", "x"}, {"--listen", "x"}, {"--on-close", "leave"}, {"--rate", "-1"}} {
+	for _, args := range [][]string{{"--listen", "0.0.0.0:0"}, {"--listen", ":0"}, {"--tls-cert", "x"}, {"--listen", "x"}, {"--on-close", "leave"}, {"--rate", "-1"}, {"--pool", "-1"}} {
 		if _, err := command(t, append([]string{"serve", "--confine=false", "--data", t.TempDir()}, args...)...); err == nil {
 			t.Errorf("%v was accepted", args)
 		}

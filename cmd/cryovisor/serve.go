@@ -74,6 +74,7 @@ signal ends it at once, and sandboxes are then what they were at their last paus
 	flags.IntVar(&f.manager.Limits.Running, "max-running", 0, "how many sandboxes may run; 0: any number")
 	flags.IntVar(&f.manager.Limits.Paused, "max-paused", 0, "how many may be paused; 0: any number")
 	flags.Uint64Var(&f.manager.Limits.StoredBytes, "max-stored", 0, "bytes of snapshots from which on there are no new ones; 0: any")
+	flags.IntVar(&f.manager.Pool, "pool", 0, "VMs that are kept ready for sandboxes: a few, one at least for each size of memory in use")
 	f.confine.add(cmd)
 	_ = cmd.MarkFlagRequired("data")
 	return cmd

@@ -9,6 +9,8 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
+	"errors"
+	"io"
 	"math/big"
 	"net"
 	"net/http"
@@ -85,6 +87,39 @@ func TestServeKills(t *testing.T) {
 	if got := strings.TrimSpace(succeed(t, "ls", "-q", "--data", dir)); got != paused {
 		t.Errorf("what is left: %q, want %q", got, paused)
 	}
+}
+
+// TestServePool has a server, confined, resume a sandbox in a VM that it has made in advance, and make another.
+func TestServePool(t *testing.T) {
+	keyFile := filepath.Join(t.TempDir(), "key")
+	serveIn(t, t.TempDir(), "--pool", "2", "--api-key-file", keyFile)
+	flags := []string{"--api-key-file", keyFile}
+	id := strings.TrimSpace(succeed(t, append(flags, "create", "--timeout", "1h")...))
+	waitMetric(t, "cryovisor_pool_ready 2")
+	succeed(t, append(flags, "pause", id)...)
+	succeed(t, append(flags, "connect", id)...)
+	waitMetric(t, `cryovisor_pool_uses_total{found="yes"} 1`)
+	waitMetric(t, "cryovisor_pool_ready 2")
+}
+
+// waitMetric waits until the server says a line.
+func waitMetric(t *testing.T, line string) {
+	t.Helper()
+	said := ""
+	for until := time.Now().Add(time.Minute); time.Now().Before(until); {
+		answer, err := http.Get(os.Getenv("CRYOVISOR_URL") + "/metrics")
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := io.ReadAll(answer.Body)
+		if err = errors.Join(err, answer.Body.Close()); err != nil {
+			t.Fatal(err)
+		}
+		if said = string(b); strings.Contains(said, "\n"+line+"\n") {
+			return
+		}
+	}
+	t.Fatalf("not within a minute: %s; the server says\n%s", line, said)
 }
 
 // TestFirstKeyFails can't write the first key: none is made that nobody knows, and what is in the way stays.
