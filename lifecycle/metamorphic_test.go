@@ -53,8 +53,10 @@ const (
 func ways() (out []way) {
 	if testing.Short() { // each choice in some
 		return []way{
-			{true, true, snapshot.CodecLZ4, 1, pausing}, {false, false, snapshot.CodecStored, 3, pausing},
-			{true, false, snapshot.CodecLZ4, 3, preparing}, {false, false, snapshot.CodecLZ4, 1, checkpointing},
+			{true, true, snapshot.CodecLZ4, 1, pausing},
+			{false, false, snapshot.CodecStored, 3, pausing},
+			{true, false, snapshot.CodecLZ4, 3, preparing},
+			{false, false, snapshot.CodecLZ4, 1, checkpointing},
 		}
 	}
 	for _, full := range []bool{true, false} {
