@@ -6,20 +6,24 @@ import (
 	"bytes"
 	"fmt"
 	"math/rand/v2"
+	"slices"
+	"strings"
 
 	"github.com/cryovisor/cryovisor/memory"
 )
 
-// contentAt is where the test guest's own pages end, and its content begins, which it works on whatever it is.
-const contentAt = 1 << 20
+// contentAt is where the test guest's own pages end, its page tables last, and its content begins, which it works on whatever it is.
+const contentAt = 2 << 20
 
 // someActions makes a list of things to do, the last of which are a pause and some work.
 func someActions(rnd *rand.Rand) []action {
 	var list []action
 	for range 5 {
-		for range 3 + rnd.IntN(4) {
+		for range 2 + rnd.IntN(3) {
 			list = append(list, someAction(rnd))
 		}
+		// More may change before the pause.
+		list = slices.Insert(list, len(list)-rnd.IntN(3), marking(rnd))
 		if rnd.IntN(3) == 0 {
 			seed := rnd.Uint64()
 			list = append(list, action{"fork", func(v *traveller) { v.fork(rand.New(rand.NewPCG(seed, 0))) }})
@@ -78,15 +82,21 @@ func zeroing(rnd *rand.Rand) action {
 	return action{fmt.Sprintf("zero %#x+%#x", r.GPA, r.Len), func(v *traveller) { v.write(r.GPA, make([]byte, r.Len)) }}
 }
 
-// discarding gives memory back as a balloon does.
 func discarding(rnd *rand.Rand) action {
 	r := somePages(rnd)
-	return action{fmt.Sprintf("discard %#x+%#x", r.GPA, r.Len), func(v *traveller) {
+	return action{fmt.Sprintf("discard %#x+%#x", r.GPA, r.Len), func(v *traveller) { v.discard(r) }}
+}
+
+// marking has a machine stored that goes on then. Meanwhile, disks and something else change.
+func marking(rnd *rand.Rand) action {
+	list := []action{changingDisk(rnd), changingDisk(rnd), changingDisk(rnd), someAction(rnd)}
+	var names []string
+	for _, a := range list {
+		names = append(names, a.name)
+	}
+	return action{"mark, and meanwhile " + strings.Join(names, " and "), func(v *traveller) {
 		v.t.Helper()
-		v.gone = append(v.gone, r)
-		if err := v.m.VM.Memory().Discard(r.GPA, r.Len); err != nil {
-			v.t.Fatal(err)
-		}
+		v.mark(list)
 	}}
 }
 

@@ -6,10 +6,12 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 
 	"filippo.io/age"
@@ -394,6 +396,78 @@ func TestDiskPauseFails(t *testing.T) {
 	m = g.resume(t, id, false, testvm.NoLimit)
 	checkDisks(t, m, models)
 	closeMachine(t, m)
+}
+
+// TestDisksSection: what docs/FORMAT.md, "Disks", says of the section, rule by rule.
+func TestDisksSection(t *testing.T) {
+	const sum = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+	disk := func(fields string) string { return `[{"name":"root","size":1048576` + fields + `}]` }
+	base := func(fields string) string { return disk(`,"base":{"path":"/a",` + fields + `}`) }
+	many := func(n int) string {
+		var out []string
+		for i := range n {
+			out = append(out, fmt.Sprintf(`{"name":"d%d","size":512}`, i))
+		}
+		return "[" + strings.Join(out, ",") + "]"
+	}
+	for _, good := range []string{
+		"[]", disk(""), many(15), base(`"size":1048576,"sha256":"` + sum + `"`), `[{"name":"A-z_.9","size":281474976710656}]`,
+	} {
+		if _, err := lifecycle.ParseDisks([]byte(good)); err != nil {
+			t.Errorf("%s: %v", good, err)
+		}
+	}
+	for _, bad := range []string{
+		"", "null", "{}", `"root"`, "[null]", disk("") + "[]", disk("") + "x", many(16), disk(`,"serial":"1"`),
+		`[{"name":"root","size":512},{"name":"root","size":512}]`, `[{"size":512}]`, `[{"name":"","size":512}]`,
+		`[{"name":"ro ot","size":512}]`, `[{"name":"` + strings.Repeat("r", 33) + `","size":512}]`, `[{"name":"root"}]`,
+		`[{"name":"root","size":0}]`, `[{"name":"root","size":-512}]`, `[{"name":"root","size":513}]`,
+		`[{"name":"root","size":281474976711168}]`, `[{"name":"root","size":"512"}]`, disk(`,"base":[]`),
+		base(`"size":1048577,"sha256":"` + sum + `"`), base(`"size":0,"sha256":"` + sum + `"`), base(`"size":512`),
+		base(`"size":512,"sha256":"` + sum[2:] + `"`), base(`"size":512,"sha256":"` + sum + `00"`),
+		base(`"size":512,"sha256":"` + strings.ToUpper(sum) + `"`), base(`"size":512,"sha256":"` + sum + `","mode":1`),
+	} {
+		if disks, err := lifecycle.ParseDisks([]byte(bad)); err == nil {
+			t.Errorf("%s: %+v", bad, disks)
+		}
+	}
+}
+
+// TestDisksOfAnotherVersion: what a later version may say of disks is not taken for damage, nor for none.
+func TestDisksOfAnotherVersion(t *testing.T) {
+	key, err := age.GenerateX25519Identity()
+	if err != nil {
+		t.Fatal(err)
+	}
+	store, err := snapshot.OpenStore(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for version, want := range map[uint32]error{0: snapshot.ErrVersion, 1: snapshot.ErrFormat, 2: snapshot.ErrVersion} {
+		w, err := store.Create(t.Context(), snapshot.Options{Recipients: []age.Recipient{key.Recipient()}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = errors.Join(
+			w.AddSection(snapshot.Section{Name: "disks", Version: version, Critical: true, Data: []byte(`{"new":1}`)}),
+			w.Write(t.Context(), snapshot.Contents{Memory: &snapshot.Memory{Size: snapshot.PageSize}}),
+		)
+		if err != nil {
+			t.Fatal(err)
+		}
+		info, err := w.Commit(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		r, err := store.Open(t.Context(), info.ID, key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer r.Close()
+		if disks, err := lifecycle.DisksOf(r); !errors.Is(err, want) {
+			t.Errorf("version %d: %+v, %v, want %v", version, disks, err, want)
+		}
+	}
 }
 
 // FuzzDisks reads any bytes as the section of disks.

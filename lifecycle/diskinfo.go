@@ -41,7 +41,7 @@ const (
 )
 
 // DisksOf returns the copy-on-write disks of a snapshot, in the order of their indices in it. An error wraps
-// snapshot.ErrFormat.
+// snapshot.ErrFormat, or snapshot.ErrVersion if they are described in a way that this program does not know.
 func DisksOf(r *snapshot.Reader) ([]DiskInfo, error) {
 	s, err := r.ReadSection(disksSection)
 	if errors.Is(err, snapshot.ErrNotFound) {
@@ -49,6 +49,9 @@ func DisksOf(r *snapshot.Reader) ([]DiskInfo, error) {
 	}
 	if err != nil {
 		return nil, err
+	}
+	if s.Version != disksVersion {
+		return nil, fmt.Errorf("%w: section %q is of version %d, this reader knows %d", snapshot.ErrVersion, disksSection, s.Version, disksVersion)
 	}
 	disks, err := parseDisks(s.Data)
 	if err != nil {
@@ -66,6 +69,9 @@ func parseDisks(data []byte) ([]DiskInfo, error) {
 	}
 	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
 		return nil, errors.New("something follows the disks")
+	}
+	if disks == nil { // of a null
+		return nil, errors.New("it is no array")
 	}
 	if len(disks) > snapshot.MaxDisks {
 		return nil, fmt.Errorf("%d disks", len(disks))

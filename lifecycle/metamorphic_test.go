@@ -3,17 +3,20 @@
 package lifecycle_test
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"reflect"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -31,19 +34,44 @@ type way struct {
 	full, eager bool
 	codec       snapshot.Codec
 	workers     int
+	how         storing
 }
 
+func (w way) String() string {
+	return fmt.Sprintf("full=%v,eager=%v,%v,workers=%d,%s", w.full, w.eager, w.codec, w.workers, w.how)
+}
+
+// storing is what is called to store a machine.
+type storing string
+
+const (
+	pausing       storing = "pause"
+	preparing     storing = "prepare"    // before the pause, while more is done
+	checkpointing storing = "checkpoint" // which the machine goes on from; and some that it runs on after
+)
+
 func ways() (out []way) {
+	if testing.Short() { // each choice in some
+		return []way{
+			{true, true, snapshot.CodecLZ4, 1, pausing},
+			{false, false, snapshot.CodecStored, 3, pausing},
+			{true, false, snapshot.CodecLZ4, 3, preparing},
+			{false, false, snapshot.CodecLZ4, 1, checkpointing},
+		}
+	}
 	for _, full := range []bool{true, false} {
 		for _, eager := range []bool{true, false} {
 			for _, codec := range []snapshot.Codec{snapshot.CodecLZ4, snapshot.CodecStored} {
 				for _, workers := range []int{1, 3} {
-					out = append(out, way{full, eager, codec, workers})
+					out = append(out, way{full, eager, codec, workers, pausing})
 				}
 			}
 		}
 	}
-	return out
+	return append(
+		out, way{true, false, snapshot.CodecLZ4, 3, preparing}, way{false, true, snapshot.CodecStored, 1, preparing},
+		way{false, false, snapshot.CodecLZ4, 1, checkpointing},
+	)
 }
 
 // traveller is a machine that goes one way. What is done to it is the same for all.
@@ -53,9 +81,13 @@ type traveller struct {
 	t     *testing.T
 	m     *lifecycle.Machine
 	steps uint64 // that the guest may make
-	// gone are the ranges that were discarded, and have not been written since: they read as anything.
+	// gone are the ranges that were discarded, and that the guest has not taken back since: they read as anything.
 	gone []memory.Range
-	path []string // what was done, for messages
+	// dropped are those of their pages that the machine has noted as discarded, since it notes that: the next snapshot has nothing
+	// of them. nil if it does not.
+	dropped  map[uint64]bool
+	prepared *lifecycle.Preparation // of the next pause, or nil
+	path     []string               // what was done, for messages
 }
 
 // action is something that is done to a machine which stands still, with all chances taken.
@@ -78,11 +110,8 @@ func TestMetamorphic(t *testing.T) {
 		t.Logf("seed %d", seed+n)
 		actions := someActions(rand.New(rand.NewPCG(uint64(seed+n), 0)))
 		var first *result
-		for i, w := range ways() {
-			if testing.Short() && i%5 != 0 { // each choice in some
-				continue
-			}
-			t.Run(fmt.Sprintf("seed=%d,full=%v,eager=%v,%v,workers=%d", seed+n, w.full, w.eager, w.codec, w.workers), func(t *testing.T) {
+		for _, w := range ways() {
+			t.Run(fmt.Sprintf("seed=%d,%v", seed+n, w), func(t *testing.T) {
 				got := travel(t, w, actions)
 				if first == nil {
 					first = got
@@ -100,6 +129,9 @@ func travel(t *testing.T, w way, actions []action) *result {
 	t.Helper()
 	checkLeaks(t)
 	g := newGuest(t, testvm.WorkerConfig{Memory: travelMemory, Every: 1})
+	if at := g.worker.PageGPA(0); at != contentAt {
+		t.Fatalf("the guest's content begins at %#x", at)
+	}
 	image := filepath.Join(t.TempDir(), "image")
 	if err := os.WriteFile(image, []byte(strings.Repeat("what is in the image. ", 40000)[:768<<10]), 0o400); err != nil {
 		t.Fatal(err)
@@ -166,17 +198,128 @@ func (v *traveller) write(gpa uint64, b []byte) {
 	if _, err := v.m.VM.Memory().WriteAt(b, int64(gpa)); err != nil {
 		v.t.Fatal(err)
 	}
+	for p := range pagesIn(gpa, len(b)) {
+		delete(v.dropped, p)
+	}
+}
+
+// discard gives memory back as a balloon does.
+func (v *traveller) discard(r memory.Range) {
+	v.t.Helper()
+	v.gone = append(v.gone, r)
+	if err := v.m.VM.Memory().Discard(r.GPA, r.Len); err != nil {
+		v.t.Fatal(err)
+	}
+	if v.dropped != nil {
+		for p := range pagesIn(r.GPA, int(r.Len)) {
+			v.dropped[p] = true
+		}
+	}
+}
+
+// pagesIn yields the addresses of the pages that n bytes touch.
+func pagesIn(gpa uint64, n int) iter.Seq[uint64] {
+	return func(yield func(uint64) bool) {
+		for p := gpa / memory.PageSize * memory.PageSize; p < gpa+uint64(n) && yield(p); p += memory.PageSize {
+		}
+	}
+}
+
+func (v *traveller) pauseOptions() lifecycle.PauseOptions {
+	opts := v.options()
+	opts.Full, opts.Workers = v.full, v.workers
+	return opts
+}
+
+// mark is a moment before the next pause at which a machine that has a use for it is stored. It does actions meanwhile, when a
+// part is stored.
+func (v *traveller) mark(actions []action) {
+	v.t.Helper()
+	switch v.how {
+	case preparing:
+		v.during(actions, func(opts lifecycle.PauseOptions) (err error) {
+			v.prepared, err = v.m.Prepare(v.t.Context(), v.store, opts)
+			return err
+		})
+	case checkpointing:
+		gone := slices.Clone(v.gone)
+		before := v.held(v.m, gone)
+		var id snapshot.ID
+		v.during(actions, func(opts lifecycle.PauseOptions) error {
+			p, err := v.m.Checkpoint(v.t.Context(), v.store, opts)
+			id = p.ID
+			return err
+		})
+		device := v.device
+		twin := v.resumed(id)
+		v.device = device
+		if what := before.differs(v.held(twin, gone)); what != "" {
+			v.t.Fatalf("other %s in the checkpoint than before", what)
+		}
+		if err := twin.Discard(); err != nil {
+			v.t.Fatal(err)
+		}
+	default:
+		v.do(actions)
+	}
+}
+
+func (v *traveller) do(actions []action) {
+	v.t.Helper()
+	for _, a := range actions {
+		a.do(v)
+	}
+}
+
+// during does actions while the machine is stored.
+func (v *traveller) during(actions []action, store func(lifecycle.PauseOptions) error) {
+	v.t.Helper()
+	opts := v.pauseOptions()
+	begun, acted, stored := make(chan struct{}), make(chan struct{}), make(chan error, 1)
+	var once sync.Once
+	opts.Progress = func(uint64, uint64) {
+		once.Do(func() {
+			close(begun)
+			<-acted
+		})
+	}
+	v.dropped = map[uint64]bool{}
+	go func() { stored <- store(opts) }()
+	select {
+	case <-begun:
+	case err := <-stored: // there was nothing to store
+		stored <- err
+	}
+	func() {
+		defer close(acted) // also if it fails
+		v.do(actions)
+	}()
+	err := <-stored
+	if errors.Is(err, memory.ErrNoWriteProtect) {
+		v.t.Skip(err)
+	}
+	if err != nil {
+		v.t.Fatal(err)
+	}
 }
 
 // storeAway stores the machine, and ends it.
 func (v *traveller) storeAway() snapshot.ID {
 	v.t.Helper()
-	p, err := v.m.Pause(v.t.Context(), v.store, lifecycle.PauseOptions{
-		Recipients: []age.Recipient{v.key.Recipient()}, Full: v.full, Workers: v.workers,
-	})
+	var p lifecycle.Paused
+	var err error
+	switch {
+	case v.prepared != nil:
+		p, err = v.prepared.Pause(v.t.Context())
+	case v.how == checkpointing:
+		p, err = v.m.Checkpoint(v.t.Context(), v.store, v.pauseOptions())
+	default:
+		p, err = v.m.Pause(v.t.Context(), v.store, v.pauseOptions())
+	}
 	if err != nil {
 		v.t.Fatal(err)
 	}
+	v.prepared, v.dropped = nil, nil
 	closeMachine(v.t, v.m)
 	if v.codec == snapshot.CodecLZ4 {
 		return p.ID
@@ -203,16 +346,19 @@ func (v *traveller) resumed(id snapshot.ID) *lifecycle.Machine {
 // pause stores the machine and resumes it, which changes nothing.
 func (v *traveller) pause() {
 	v.t.Helper()
-	before, gone := v.contents(), len(v.gone) > 0
-	before.state = v.state()
+	before, dropped := v.held(v.m, v.gone), v.dropped
 	v.m = v.resumed(v.storeAway())
-	after := v.contents()
-	after.state = v.state()
-	if gone { // of what was discarded the guest expects nothing
-		after.memory = before.memory
-	}
-	if what := before.differs(after); what != "" {
+	if what := before.differs(v.held(v.m, v.gone)); what != "" {
 		v.t.Fatalf("other %s after the resume than before the pause", what)
+	}
+	page, zeros := make([]byte, memory.PageSize), make([]byte, memory.PageSize)
+	for p := range dropped {
+		if _, err := v.m.VM.Memory().ReadAt(page, int64(p)); err != nil {
+			v.t.Fatal(err)
+		}
+		if !bytes.Equal(page, zeros) {
+			v.t.Fatalf("the snapshot has what was discarded at %#x after it had been stored", p)
+		}
 	}
 }
 
@@ -247,30 +393,35 @@ type result struct {
 
 func (v *traveller) result() *result {
 	v.t.Helper()
-	s := v.state()
+	r := v.held(v.m, nil)
 	// The guest holds in a loop of a few instructions, which counts in RCX, and stops anywhere in it.
-	for i := range s.VCPUs {
-		r := &s.VCPUs[i].Regs
+	for i := range r.state.VCPUs {
+		r := &r.state.VCPUs[i].Regs
 		r.RIP, r.RAX, r.RCX, r.RFLAGS = 0, 0, 0, 0
 	}
-	r := v.contents()
-	r.state = s
+	r.report = v.device.State()[0].Last
 	return r
 }
 
-// contents are a result but for the state.
-func (v *traveller) contents() *result {
+// held is the result without the report, as a machine has it; gone are ranges of memory that don't count.
+func (v *traveller) held(m *lifecycle.Machine, gone []memory.Range) *result {
 	v.t.Helper()
+	mem := make([]byte, travelMemory)
+	if _, err := m.VM.Memory().ReadAt(mem, 0); err != nil {
+		v.t.Fatal(err)
+	}
+	for _, r := range gone {
+		clear(mem[r.GPA:r.End()])
+	}
 	return &result{
-		memory: v.sum(v.m.VM.Memory(), travelMemory), raw: v.sum(v.m.DiskDevice("raw"), 1<<20),
-		blank: v.sum(v.m.DiskDevice("blank"), 1<<20), report: v.device.State()[0].Last,
+		memory: sha256.Sum256(mem), raw: v.sum(m.DiskDevice("raw")), blank: v.sum(m.DiskDevice("blank")), state: v.state(m),
 	}
 }
 
-func (v *traveller) sum(r io.ReaderAt, size int64) (sum [sha256.Size]byte) {
+func (v *traveller) sum(disk io.ReaderAt) (sum [sha256.Size]byte) {
 	v.t.Helper()
 	h := sha256.New()
-	if _, err := io.Copy(h, io.NewSectionReader(r, 0, size)); err != nil {
+	if _, err := io.Copy(h, io.NewSectionReader(disk, 0, 1<<20)); err != nil {
 		v.t.Fatal(err)
 	}
 	h.Sum(sum[:0])
@@ -292,9 +443,9 @@ func (r *result) differs(o *result) string {
 }
 
 // state is the machine's, but for what goes on while it stands still.
-func (v *traveller) state() *vmm.State {
+func (v *traveller) state(m *lifecycle.Machine) *vmm.State {
 	v.t.Helper()
-	s, err := v.m.VM.State()
+	s, err := m.VM.State()
 	if err != nil {
 		v.t.Fatal(err)
 	}

@@ -8,6 +8,7 @@ import (
 	"os"
 	"slices"
 	"testing"
+	"time"
 
 	"filippo.io/age"
 )
@@ -387,6 +388,59 @@ func TestBadTables(t *testing.T) {
 	for cut := range raw {
 		if _, err := parseBody(raw[:cut]); !errors.Is(err, ErrFormat) {
 			t.Fatalf("cut to %d of %d bytes: %v", cut, len(raw), err)
+		}
+	}
+}
+
+// TestBadPreamble: what only somebody who has a pack's key can make of its start.
+func TestBadPreamble(t *testing.T) {
+	origin, id := NewID(), NewID()
+	if err := checkPreamble(preamble(origin, id), origin, id); err != nil {
+		t.Fatal(err)
+	}
+	for name, bad := range map[string]struct {
+		at   int
+		put  byte
+		want error
+	}{
+		"magic":        {7, 'c', ErrFormat},
+		"version 0":    {8, 0, ErrFormat},
+		"version 2":    {8, 2, ErrVersion},
+		"version 257":  {9, 1, ErrVersion},
+		"reserved":     {12, 1, ErrFormat},
+		"last of them": {15, 1, ErrFormat},
+		"origin":       {16, ^origin[0], ErrCorrupt},
+		"id":           {47, ^id[15], ErrCorrupt},
+	} {
+		b := preamble(origin, id)
+		b[bad.at] = bad.put
+		if err := checkPreamble(b, origin, id); !errors.Is(err, bad.want) {
+			t.Errorf("%s: %v, want %v", name, err, bad.want)
+		}
+	}
+	for cut := range preambleBytes {
+		if err := checkPreamble(preamble(origin, id)[:cut], origin, id); !errors.Is(err, ErrFormat) {
+			t.Errorf("cut to %d bytes: %v", cut, err)
+		}
+	}
+}
+
+// TestBadPackList: the header's packs ascend, so that a set of them has one form.
+func TestBadPackList(t *testing.T) {
+	header := func(packs ...ID) []byte {
+		return (&Header{Version: Version, ID: NewID(), Created: time.Unix(0, 0), Packs: packs}).marshal()
+	}
+	if _, err := parseHeader(header(ID{1}, ID{1, 1}, ID{2})); err != nil {
+		t.Fatal(err)
+	}
+	for name, packs := range map[string][]ID{
+		"twice":        {{1}, {1}},
+		"descending":   {{1}, {3}, {2}},
+		"zero":         {{}, {1}},
+		"only at last": {{1}, {2, 1}, {2, 0, 1}},
+	} {
+		if _, err := parseHeader(header(packs...)); !errors.Is(err, ErrFormat) {
+			t.Errorf("%s: %v", name, err)
 		}
 	}
 }

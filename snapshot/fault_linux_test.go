@@ -143,3 +143,49 @@ func TestUnnamedFiles(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestSyncReachesTheKernel: the crash model believes that a Sync waits for the disk, and does not call the real one. Here the
+// kernel has the last word: it syncs no pipes, and no directories of /proc, and says so.
+func TestSyncReachesTheKernel(t *testing.T) {
+	read, pipe, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer read.Close()
+	defer pipe.Close()
+	swap := func(f **os.File) {
+		(*f).Close()
+		*f = pipe
+	}
+	path := filepath.Join(t.TempDir(), "file")
+	writeFile(t, path, nil)
+	for name, base := range bases {
+		staged, err := base.Stage(filepath.Dir(path))
+		if err != nil {
+			t.Fatal(err)
+		}
+		switch f := staged.(type) {
+		case *unnamedFile:
+			swap(&f.File)
+		case *namedFile:
+			swap(&f.File)
+		default:
+			t.Fatalf("%s: a file that this test does not know: %T", name, f)
+		}
+		if err := staged.Sync(); !errors.Is(err, unix.EINVAL) {
+			t.Errorf("%s: a pipe was synced: %v", name, err)
+		}
+	}
+	over, err := osFiles{}.Overwrite(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := over.(sizedFile)
+	swap(&file.File)
+	if err := overwrite(file, 0); !errors.Is(err, unix.EINVAL) {
+		t.Errorf("a pipe was overwritten and synced: %v", err)
+	}
+	if err := (osFiles{}).SyncDir("/proc/self"); !errors.Is(err, unix.EINVAL) {
+		t.Errorf("a directory of /proc was synced: %v", err)
+	}
+}

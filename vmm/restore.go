@@ -106,6 +106,7 @@ func (vm *VM) restore(s *State) error {
 // not have, or values that no processor can have.
 func (vm *VM) refused(section string, err error) error {
 	var msr *kvm.MSRError
+	var host *HostError
 	switch cause := vm.mem.Err(); {
 	case cause != nil:
 		return &ExitError{Kind: ErrGuestMemory, VCPU: -1, Detail: "while the state was restored", Cause: cause}
@@ -114,6 +115,8 @@ func (vm *VM) refused(section string, err error) error {
 			Kind: ErrCapability, What: "model specific register", Cause: err,
 			Do: "resume on a host with the same or a newer kernel, and the same kind of processor",
 		}
+	case errors.As(err, &host):
+		return err // another host may take the state
 	case errors.Is(err, unix.EINVAL):
 		return fmt.Errorf("%w: %w", stateErrorf(section, "KVM refuses it"), err)
 	}

@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cryovisor/cryovisor/internal/kvm"
 	"github.com/cryovisor/cryovisor/internal/testvm"
 	"github.com/cryovisor/cryovisor/memory"
 	"github.com/cryovisor/cryovisor/vmm"
@@ -377,6 +378,117 @@ func TestRestoreRefuses(t *testing.T) {
 	// None of it has harmed the machine.
 	must(t, vm.Resume())
 	g.check(t, vm)
+}
+
+// restoredAs makes a machine of the state of another, changed, and returns its state: before it has run, and after.
+func restoredAs(t *testing.T, change func(*vmm.State)) (wanted, before, after *vmm.State) {
+	t.Helper()
+	g := newWorker(t, testvm.WorkerConfig{Every: 8, VCPUs: 2})
+	vm := g.boot(t, testvm.NoLimit)
+	must(t, vm.Start())
+	g.work(t, vm, 4)
+	pause(t, vm)
+	wanted = encoded(t, vm)
+	change(wanted)
+	moved, err := vmm.Restore(wanted, copyMemory(t, vm.Memory()), g.hardware(testvm.NoLimit))
+	must(t, err)
+	t.Cleanup(func() { closeVM(t, moved) })
+	before = encoded(t, moved)
+	must(t, moved.Resume())
+	g.work(t, moved, 4)
+	pause(t, moved)
+	after = encoded(t, moved)
+	must(t, moved.Resume())
+	g.check(t, moved)
+	return wanted, before, after
+}
+
+// TestDebugRegistersStay: what a debugger in the guest has set is there after a resume, on each vCPU. (The test guest leaves these
+// registers alone.)
+func TestDebugRegistersStay(t *testing.T) {
+	wanted, before, after := restoredAs(t, func(s *vmm.State) {
+		for i := range s.VCPUs {
+			// struct kvm_debugregs: DR0 to DR3 are addresses that the guest does not touch; DR6 says that the breakpoint of
+			// DR1 was met; DR7 has one for writes to each of them.
+			cpu := uint64(i) << 16
+			for at, v := range []uint64{
+				0x7f1000001000 + cpu, 0x7f1000002008 + cpu, 0x7f1000003004 + cpu, 0x7f1000004002 + cpu, 0xffff0ff2, 0x11110455,
+			} {
+				binary.LittleEndian.PutUint64(s.VCPUs[i].DebugRegs[8*at:], v)
+			}
+		}
+	})
+	for i := range wanted.VCPUs {
+		want := wanted.VCPUs[i].DebugRegs
+		if got := before.VCPUs[i].DebugRegs; !bytes.Equal(got, want) {
+			t.Errorf("vCPU %d: debug registers % x, want % x", i, got, want)
+		}
+		if got := after.VCPUs[i].DebugRegs; !bytes.Equal(got, want) {
+			t.Errorf("vCPU %d: debug registers % x after it has run, want % x", i, got, want)
+		}
+	}
+}
+
+// TestTSCFrequencyStays: a guest's time stamp counter runs as it did where the guest was booted, on a host with another frequency
+// too; a host that can't do that refuses, and does not blame the state. A KVM that can't scale makes a guest's faster, by catching
+// up, and never slower; it reports the frequency that it was asked for even then.
+func TestTSCFrequencyStays(t *testing.T) {
+	g := newWorker(t, testvm.WorkerConfig{Every: 8, VCPUs: 2})
+	vm := g.boot(t, testvm.NoLimit)
+	must(t, vm.Start())
+	g.work(t, vm, 4)
+	pause(t, vm)
+	host := encoded(t, vm).VCPUs[0].TSCKHz
+	if host == 0 {
+		t.Fatal("the state has no frequency")
+	}
+	scales := scalesTSC(t)
+	for _, tc := range []struct {
+		khz  uint32
+		near bool // enough for the host's own to do
+	}{
+		{host, true},
+		{host - host/10000, true},
+		{host + host/10000, true},
+		{host + host/10, false},
+		{host - host/10, false},
+		{host / 2, false},
+	} {
+		t.Run(fmt.Sprintf("%d of %d", tc.khz, host), func(t *testing.T) {
+			state := encoded(t, vm)
+			for i := range state.VCPUs {
+				state.VCPUs[i].TSCKHz = tc.khz
+			}
+			moved, err := vmm.Restore(state, copyMemory(t, vm.Memory()), g.hardware(testvm.NoLimit))
+			if tc.khz < host && !tc.near && !scales {
+				if err == nil {
+					must(t, moved.Close())
+				}
+				if !errors.Is(err, vmm.ErrCPU) || errors.Is(err, vmm.ErrState) {
+					t.Errorf("%v, want %v alone", err, vmm.ErrCPU)
+				}
+				return
+			}
+			must(t, err)
+			defer closeVM(t, moved)
+			for i, v := range encoded(t, moved).VCPUs {
+				if v.TSCKHz != tc.khz && (!tc.near || v.TSCKHz != host) {
+					t.Errorf("vCPU %d: %d kHz", i, v.TSCKHz)
+				}
+			}
+		})
+	}
+}
+
+// scalesTSC says whether a guest's time stamp counter may be slower than the host's here.
+func scalesTSC(t *testing.T) bool {
+	t.Helper()
+	sys, err := kvm.Open(kvm.DevicePath)
+	must(t, err)
+	defer sys.Close()
+	n, err := sys.CheckExtension(kvm.CapTSCControl)
+	must(t, err)
+	return n != 0
 }
 
 func TestRestoreTakesALargerXSaveArea(t *testing.T) {

@@ -23,21 +23,22 @@ type disk struct {
 }
 
 func (m *body) parseDisks() (disks []disk, err error) {
-	var data []byte
+	data := []byte("[]") // without the section there are none
 	for _, s := range m.sections {
-		if s.name == "disks" && s.version == 1 {
-			data = s.data
+		if s.name != "disks" {
+			continue
 		}
-	}
-	if data == nil {
-		return nil, nil
+		if s.version != 1 {
+			return nil, fmt.Errorf("disks: version %d: %w", s.version, ErrNewer)
+		}
+		data = s.data
 	}
 	d := json.NewDecoder(bytes.NewReader(data))
 	d.DisallowUnknownFields()
 	if err := d.Decode(&disks); err != nil {
 		return nil, fmt.Errorf("disks: %w", err)
 	}
-	if _, err := d.Token(); !errors.Is(err, io.EOF) || len(disks) > 15 {
+	if _, err := d.Token(); !errors.Is(err, io.EOF) || disks == nil || len(disks) > 15 {
 		return nil, errors.New("disks: not one array of at most 15")
 	}
 	names := map[string]bool{}
