@@ -64,7 +64,7 @@ func lookFromServer(dir string) (err error) {
 		"list the data directory":   listed, "make a file in it": made, "make a new master key": manager.RotateKeys(ctx),
 	} {
 		if !errors.Is(err, fs.ErrPermission) {
-			return fmt.Errorf("a confined server tries to %s: %v", what, err)
+			return fmt.Errorf("a confined server tries to %s, with the result %s", what, fmt.Sprint(err))
 		}
 	}
 	// Not all of it is what a server does, but what it may: whoever was killed while it changed a key has left it to the next.

@@ -1,5 +1,3 @@
-//go:build linux && amd64
-
 // Package confinetest runs the tests of a package once more in a process that is confined, where a system call or a file that
 // package confine does not allow makes them fail.
 package confinetest
@@ -42,7 +40,7 @@ func Rerun(t *testing.T, tests ...string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer os.RemoveAll(dir)
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
 	// They have run in full already, so they are short ones here.
 	args := []string{"-test.v", "-test.short", "-test.run=^(" + strings.Join(tests, "|") + ")$"}
 	cmd := exec.CommandContext(t.Context(), os.Args[0], args...)

@@ -219,7 +219,7 @@ func (j *job) confined(run func() error) error {
 		return errors.New("the lab's kernel has no Landlock")
 	}
 	if _, err := os.ReadDir("/"); level.Landlock > 0 && !errors.Is(err, fs.ErrPermission) {
-		return fmt.Errorf("a confined process lists the root directory: %v", err)
+		return fmt.Errorf("a confined process lists the root directory, with the result %s", fmt.Sprint(err))
 	}
 	return run()
 }
