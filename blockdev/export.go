@@ -3,24 +3,22 @@ package blockdev
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"os"
+
+	"github.com/cryovisor/cryovisor/internal/newfile"
 )
 
 // exportPiece is how much Export reads at a time, in bytes.
 const exportPiece = 1 << 20
 
 // Export writes all of a disk to a new file, a raw image, with mode 0600. Zeros become holes. progress, if not nil, is told how many
-// bytes are done. With an error there is no file.
+// bytes are done. Nothing has the name path before the image is complete and durable, and nothing is left after an error; one
+// that wraps fs.ErrExist says that path is there already.
 func Export(ctx context.Context, path string, src Device, progress func(done, total int64)) error {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	err := newfile.Create(path, func(f *os.File) error { return export(ctx, f, src, progress) })
 	if err != nil {
-		return fmt.Errorf("blockdev: export: %w", err)
-	}
-	err = export(ctx, f, src, progress)
-	if err = errors.Join(err, f.Close()); err != nil {
-		return errors.Join(fmt.Errorf("blockdev: export to %s: %w", path, err), os.Remove(path))
+		return fmt.Errorf("blockdev: export to %s: %w", path, err)
 	}
 	return nil
 }
@@ -48,5 +46,5 @@ func export(ctx context.Context, f *os.File, src Device, progress func(done, tot
 			progress(off+int64(len(p)), size)
 		}
 	}
-	return f.Sync()
+	return nil
 }

@@ -2,18 +2,16 @@ package lifecycle
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
-	"path/filepath"
 	"runtime"
 	"sync"
 
 	"golang.org/x/sync/errgroup"
 
 	"github.com/cryovisor/cryovisor/internal/elfcore"
+	"github.com/cryovisor/cryovisor/internal/newfile"
 	"github.com/cryovisor/cryovisor/internal/pagetable"
 	"github.com/cryovisor/cryovisor/memory"
 	"github.com/cryovisor/cryovisor/snapshot"
@@ -75,37 +73,17 @@ func exportCore(ctx context.Context, path string, r *snapshot.Reader, opts CoreO
 	if err != nil {
 		return CoreInfo{}, err
 	}
-	if !opts.Overwrite {
-		if err := mustBeFree(path); err != nil {
-			return CoreInfo{}, err
-		}
+	create := newfile.Create
+	if opts.Overwrite {
+		create = newfile.Replace
 	}
-	f, err := os.CreateTemp(filepath.Dir(path), ".tmp-core-") // 0600
-	if err != nil {
-		return CoreInfo{}, err
-	}
-	c := core{file: f, state: state, progress: opts.Progress}
-	info, err := c.write(ctx, r, opts.Physical)
-	if err = errors.Join(err, f.Close()); err == nil && !opts.Overwrite {
-		err = mustBeFree(path)
-	}
-	if err == nil {
-		err = os.Rename(f.Name(), path)
-	}
-	if err != nil {
-		return CoreInfo{}, errors.Join(err, os.Remove(f.Name()))
-	}
-	return info, nil
-}
-
-func mustBeFree(path string) error {
-	if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
-		if err == nil {
-			err = &fs.PathError{Op: "create", Path: path, Err: fs.ErrExist}
-		}
+	var info CoreInfo
+	err = create(path, func(f *os.File) (err error) {
+		c := core{file: f, state: state, progress: opts.Progress}
+		info, err = c.write(ctx, r, opts.Physical)
 		return err
-	}
-	return nil
+	})
+	return info, err
 }
 
 // core is an ExportCore under way.
@@ -145,11 +123,7 @@ func (c *core) write(ctx context.Context, r *snapshot.Reader, physical bool) (Co
 	if err := c.memory(ctx, r); err != nil {
 		return CoreInfo{}, err
 	}
-	info, err := c.headers(roots)
-	if err != nil {
-		return CoreInfo{}, err
-	}
-	return info, c.file.Sync()
+	return c.headers(roots)
 }
 
 // memory writes what the snapshot holds.

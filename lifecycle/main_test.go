@@ -8,9 +8,12 @@ import (
 	"testing"
 
 	"go.uber.org/goleak"
+
+	"github.com/cryovisor/cryovisor/confine/confinetest"
 )
 
 func TestMain(m *testing.M) {
+	confinetest.Main()
 	// The runtime's own files, which come with the first pipe and stay, are no leak.
 	if r, w, err := os.Pipe(); err == nil {
 		r.Close()

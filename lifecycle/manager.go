@@ -392,7 +392,18 @@ func (m *Manager) Machine(id string) (*Machine, error) {
 	return e.live.machine, nil
 }
 
+// Files are what the Manager uses of its data directory from now on, files and directories that are there: what a confined process has
+// to keep. The master key is read already, and not among them.
+func (m *Manager) Files() ([]string, error) {
+	dirs := []string{m.store.Dir(), m.disks()}
+	if err := errors.Join(m.store.Make(), os.MkdirAll(m.disks(), 0o700)); err != nil {
+		return nil, err
+	}
+	return append(dirs, m.catalog.Files()...), nil
+}
+
 // RotateKeys has the KeyProvider make a new master key, and seals the keys of all snapshots with that. Snapshots are not touched.
+// A process that is confined to Files can't, with a local master key.
 func (m *Manager) RotateKeys(ctx context.Context) error {
 	ctx, done, err := m.call(ctx)
 	if err != nil {

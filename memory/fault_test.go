@@ -13,12 +13,14 @@ import (
 	"sync"
 	"testing"
 
+	"github.com/cryovisor/cryovisor/confine/confinetest"
 	"github.com/cryovisor/cryovisor/memory"
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 )
 
 func TestMain(m *testing.M) {
+	confinetest.Main()
 	if os.Getenv(gcChild) != "" {
 		os.Exit(gcMain())
 	}

@@ -49,10 +49,16 @@ func Hardware(dir string) func(context.Context, lifecycle.Start) (lifecycle.Conn
 		if err != nil {
 			return lifecycle.Connection{}, fmt.Errorf("template %s: label %s: %w", start.Template.ID, LabelVsock, err)
 		}
-		run := filepath.Join(dir, "run")
-		if err := os.MkdirAll(run, 0o700); err != nil {
+		run, err := MakeRunDir(dir)
+		if err != nil {
 			return lifecycle.Connection{}, err
 		}
 		return lifecycle.Connection{Hardware: vmm.Hardware{Vsock: &vmm.Vsock{CID: uint32(n), Path: filepath.Join(run, start.Sandbox.ID+".sock")}}}, nil
 	}
+}
+
+// MakeRunDir makes the directory, in a data directory, for the sockets of sandboxes.
+func MakeRunDir(dir string) (string, error) {
+	run := filepath.Join(dir, "run")
+	return run, os.MkdirAll(run, 0o700)
 }

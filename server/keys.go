@@ -43,7 +43,10 @@ type APIKey struct {
 // may be called from any number of goroutines.
 //
 // A key is 160 random bits. What is stored is its SHA-256: a slow hash would protect guessable secrets, which these are not.
-type Keys struct{ db *sql.DB }
+type Keys struct {
+	db   *sql.DB
+	path string
+}
 
 // OpenKeys opens the keys of a data directory, which must exist.
 func OpenKeys(ctx context.Context, dir string) (*Keys, error) {
@@ -55,7 +58,8 @@ func OpenKeys(ctx context.Context, dir string) (*Keys, error) {
 	if err != nil && !errors.Is(err, fs.ErrExist) {
 		return nil, fmt.Errorf("API keys: %w", err)
 	}
-	dsn := url.URL{Scheme: "file", Opaque: (&url.URL{Path: path}).EscapedPath(), RawQuery: "_pragma=busy_timeout(10000)"}
+	// With TRUNCATE the journal stays when it is not in use, so that a confined process can have it, and nothing else around it.
+	dsn := url.URL{Scheme: "file", Opaque: (&url.URL{Path: path}).EscapedPath(), RawQuery: "_pragma=busy_timeout(10000)&_pragma=journal_mode(TRUNCATE)"}
 	db, err := sql.Open("sqlite", dsn.String())
 	if err != nil {
 		return nil, fmt.Errorf("API keys: %w", err)
@@ -65,7 +69,17 @@ func OpenKeys(ctx context.Context, dir string) (*Keys, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("API keys: %w", err), db.Close())
 	}
-	return &Keys{db: db}, nil
+	return &Keys{db, path}, nil
+}
+
+// Files are the files of the keys, which are there from now on: what a confined process has to keep.
+func (k *Keys) Files() ([]string, error) {
+	journal := k.path + "-journal"
+	f, err := os.OpenFile(journal, os.O_RDWR|os.O_CREATE, 0o600) // empty, it says that no change is under way
+	if err != nil {
+		return nil, fmt.Errorf("API keys: %w", err)
+	}
+	return []string{k.path, journal}, f.Close()
 }
 
 // Close closes them.

@@ -270,26 +270,6 @@ func heap() int64 {
 	return int64(m.HeapAlloc)
 }
 
-// Where files can't have two names, publish renames. A directory stands for such a file here.
-func TestPublishWithoutLinks(t *testing.T) {
-	dir := t.TempDir()
-	temp, path := filepath.Join(dir, "temp"), filepath.Join(dir, "image")
-	for i, want := range []error{nil, os.ErrExist} {
-		if err := os.Mkdir(temp, 0o700); err != nil {
-			t.Fatal(err)
-		}
-		if err := publish(temp, path); !errors.Is(err, want) {
-			t.Errorf("call %d: %v, not %v", i, err, want)
-		}
-		if _, err := os.Stat(temp); errors.Is(err, os.ErrNotExist) != (want == nil) {
-			t.Errorf("call %d: the temporary name: %v", i, err)
-		}
-	}
-	if err := publish(filepath.Join(dir, "none"), filepath.Join(dir, "other")); !errors.Is(err, os.ErrNotExist) {
-		t.Error(err)
-	}
-}
-
 // The refcounts of all clusters that are in use, and of no others, are 1, also where there are several refcount blocks.
 func TestRefcounts(t *testing.T) {
 	for _, used := range []uint64{1, blockEntries - 3, blockEntries - 2, blockEntries - 1, blockEntries, 2*blockEntries - 3, 2*blockEntries - 2} {

@@ -4,15 +4,12 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
-	"errors"
 	"fmt"
-	"io/fs"
 	"os"
-	"path/filepath"
-	"runtime"
 	"slices"
 
 	"github.com/cryovisor/cryovisor/blockdev"
+	"github.com/cryovisor/cryovisor/internal/newfile"
 )
 
 // The geometry of the images that Write makes: that of qemu-img.
@@ -30,78 +27,11 @@ const (
 // take no space. Nothing has the name path before the image is complete and durable, and nothing is left after an error; one
 // that wraps fs.ErrExist says that path is there already. Src must not change meanwhile. Only the owner can read the file.
 func Write(ctx context.Context, path string, src blockdev.Device) error {
-	if err := write(ctx, path, src); err != nil {
+	err := newfile.Create(path, func(f *os.File) error { return writeImage(ctx, f, src) })
+	if err != nil {
 		return fmt.Errorf("qcow2: write %s: %w", path, err)
 	}
 	return nil
-}
-
-func write(ctx context.Context, path string, src blockdev.Device) (err error) {
-	// Only to fail early: publish finds out for good.
-	if err := absent(path); err != nil {
-		return err
-	}
-	file, err := os.CreateTemp(filepath.Dir(path), ".tmp-*.qcow2")
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if rerr := os.Remove(file.Name()); !errors.Is(rerr, fs.ErrNotExist) {
-			err = errors.Join(err, rerr)
-		}
-	}()
-	err = writeImage(ctx, file, src)
-	if err == nil {
-		err = file.Sync()
-	}
-	if err = errors.Join(err, file.Close()); err != nil {
-		return err
-	}
-	return publish(file.Name(), path)
-}
-
-// absent returns an error unless nothing has the name path.
-func absent(path string) error {
-	_, err := os.Lstat(path)
-	if err == nil {
-		return fs.ErrExist
-	}
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	return err
-}
-
-// publish gives a file its final name, durably. It may leave the temporary name too.
-func publish(temp, path string) error {
-	// A link never replaces a file that came into being meanwhile, as a rename does; but not every file system has links.
-	if err := os.Link(temp, path); errors.Is(err, fs.ErrExist) {
-		return err
-	} else if err != nil {
-		if err := absent(path); err != nil {
-			return err
-		}
-		if err := os.Rename(temp, path); err != nil {
-			return err
-		}
-	}
-	if err := syncDir(filepath.Dir(path)); err != nil {
-		return errors.Join(err, os.Remove(path))
-	}
-	return nil
-}
-
-// syncDir makes the names in a directory durable.
-func syncDir(dir string) error {
-	// Windows has no such call.
-	if runtime.GOOS == "windows" {
-		return nil
-	}
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }
 
 // imageWriter fills an image from the front to the back. Clusters are numbered by their place in the file:

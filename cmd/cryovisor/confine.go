@@ -10,6 +10,7 @@ import (
 	"github.com/cryovisor/cryovisor/blockdev"
 	"github.com/cryovisor/cryovisor/confine"
 	"github.com/cryovisor/cryovisor/lifecycle"
+	"github.com/cryovisor/cryovisor/server"
 )
 
 // confineFlag is the flag of verbs that run guests.
@@ -33,6 +34,16 @@ func (c *confineFlag) apply(r confine.Rules, say func(format string, args ...any
 		say("this kernel has no Landlock, or it is not turned on: system calls are confined, files are not")
 	}
 	return err
+}
+
+// managerFiles are what a Manager and its sandboxes use of a data directory once it is open.
+func managerFiles(data string, m *lifecycle.Manager) ([]string, error) {
+	run, err := server.MakeRunDir(data)
+	if err != nil {
+		return nil, err
+	}
+	files, err := m.Files()
+	return append(files, run), err
 }
 
 // allowDisks adds what is read and written when machines with these disks are booted.

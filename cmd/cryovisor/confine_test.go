@@ -7,15 +7,18 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"syscall"
 	"testing"
 
 	"filippo.io/age"
+	"golang.org/x/sys/unix"
 
 	"github.com/cryovisor/cryovisor/confine"
 	"github.com/cryovisor/cryovisor/internal/testplugin"
@@ -81,31 +84,31 @@ func guestProcess(t *testing.T, check func(t *testing.T, pid int), args ...strin
 // TestConfined takes a guest with disks and a vsock through a boot, pauses, a lazy and an eager resume, each in a process that
 // confines itself. The identity is not to be had any more when the guest runs.
 func TestConfined(t *testing.T) {
-	if _, err := vmm.Probe(); errors.Is(err, vmm.ErrNoKVM) || errors.Is(err, vmm.ErrPermission) {
-		t.Skip(err)
-	}
-	if !confine.Supported().Seccomp {
-		t.Skip(confine.ErrUnsupported)
-	}
-	dir := t.TempDir()
-	in := func(name string) string { return filepath.Join(dir, name) }
-	id, err := age.GenerateX25519Identity()
-	if err != nil {
-		t.Fatal(err)
-	}
-	err = errors.Join(writeIdentity(in("key"), id, id.Recipient()), os.WriteFile(in("image"), chatter, 0o600), os.WriteFile(in("disk"), make([]byte, 1<<20), 0o600),
-		os.WriteFile(in("raw"), make([]byte, 1<<20), 0o600), os.Mkdir(in("run"), 0o700))
+	in := needConfined(t)
+	err := errors.Join(os.WriteFile(in("disk"), make([]byte, 1<<20), 0o600), os.WriteFile(in("raw"), make([]byte, 1<<20), 0o600), os.Mkdir(in("run"), 0o700))
 	if err != nil {
 		t.Fatal(err)
 	}
 	succeed(t, "disk", "create", in("kept.disk"), "--size", "1MiB")
+	succeed(t, "disk", "export", "--format", "qcow2", in("kept.disk"), in("base.qcow2"))
 	common := []string{"--identity", in("key"), "--store", in("store"), "--disk-dir", in("disks"), "--disk-rw", "raw=" + in("raw"), "--vsock", in("run/vsock")}
-	said := guestProcess(t, checkConfined, slices.Concat([]string{"run"}, common, []string{
-		"--flat", in("image"), "--memory", "8MiB", "--disk", "root=" + in("disk"), "--disk-blank", "blank=1MiB",
+	check := func(t *testing.T, pid int) {
+		checkConfined(t, pid)
+		conn, err := net.Dial("unix", in("run/vsock")) // nobody in the guest answers
+		if err == nil {
+			_, err = fmt.Fprintln(conn, "CONNECT 1")
+			err = errors.Join(err, conn.Close())
+		}
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	said := guestProcess(t, check, slices.Concat([]string{"run"}, common, []string{
+		"--flat", in("image"), "--memory", "8MiB", "--disk", "root=" + in("disk"), "--disk", "base=" + in("base.qcow2"), "--disk-blank", "blank=1MiB",
 		"--disk-overlay", "kept=" + in("kept.disk"),
 	})...)
-	for _, more := range [][]string{nil, {"--eager"}} {
-		said = guestProcess(t, checkConfined, slices.Concat([]string{"resume", said}, common, more)...)
+	for _, more := range [][]string{nil, {"--eager"}, {"--prefetch", "all"}} {
+		said = guestProcess(t, check, slices.Concat([]string{"resume", said}, common, more)...)
 	}
 	if left, err := filepath.Glob(in("run/*")); err != nil || len(left) > 0 {
 		t.Errorf("sockets are left: %v, %v", left, err)
@@ -117,6 +120,97 @@ func TestConfined(t *testing.T) {
 		t.Errorf("what is in a snapshot is left: %v", err)
 	}
 	succeed(t, "verify", "--identity", in("key"), "--store", in("store"), said)
+}
+
+// TestConfinedTap has a guest with a network device, in a network namespace of its own, in which the command makes the tap.
+func TestConfinedTap(t *testing.T) {
+	in := needConfined(t)
+	started := make(chan error)
+	cmd := process("run", "--identity", in("key"), "--store", in("store"), "--flat", in("image"), "--memory", "8MiB", "--tap", "cryo0")
+	stdin, inErr := cmd.StdinPipe()
+	stdout, outErr := cmd.StdoutPipe()
+	var failed strings.Builder
+	cmd.Stderr = &failed
+	go func() {
+		runtime.LockOSThread() // for ever: the thread ends, and the namespace is not used for anything else
+		err := unix.Unshare(unix.CLONE_NEWNET)
+		if err == nil {
+			err = unix.Access("/dev/net/tun", unix.R_OK|unix.W_OK)
+		}
+		if err != nil {
+			err = fmt.Errorf("%w: %w", errors.ErrUnsupported, err)
+		} else {
+			err = cmd.Start()
+		}
+		started <- err
+	}()
+	err := errors.Join(inErr, outErr, <-started)
+	if errors.Is(err, errors.ErrUnsupported) {
+		t.Skipf("a tap in a network namespace of its own needs /dev/net/tun and CAP_SYS_ADMIN: %v", err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stdin.Close()
+	if _, err := bufio.NewReader(stdout).ReadString('R'); err != nil {
+		t.Fatalf("%v, %v; %s", err, cmd.Wait(), failed.String())
+	}
+	checkConfined(t, cmd.Process.Pid)
+	if err := cmd.Process.Signal(syscall.SIGUSR1); err != nil {
+		t.Fatal(err)
+	}
+	_, _ = io.Copy(io.Discard, stdout)
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("%v; %s", err, failed.String())
+	}
+}
+
+// TestConfinedTerminal stores a guest that runs on, and pauses it, by keys typed at a terminal.
+func TestConfinedTerminal(t *testing.T) {
+	in := needConfined(t)
+	p := newPTY(t)
+	common := []string{"--identity", in("key"), "--store", in("store")}
+	cmd := p.start(slices.Concat([]string{"run", "--flat", in("image"), "--memory", "8MiB"}, common)...)
+	p.await("RRR")
+	checkConfined(t, cmd.Process.Pid)
+	p.types("\x1dc")
+	p.await("stood still for")
+	p.types("\x1dp")
+	p.await("paused in")
+	if err := cmd.Wait(); err != nil {
+		t.Error(err)
+	}
+	if !p.cooked() {
+		t.Error("the terminal is not as it was")
+	}
+	all, err := filepath.Glob(in("store/*/*.cryo"))
+	if err != nil || len(all) != 2 {
+		t.Errorf("snapshots: %v, %v", all, err)
+	}
+	for _, path := range all {
+		succeed(t, "verify", "--identity", in("key"), path)
+	}
+}
+
+// needConfined makes a directory with a key and an image, where a guest can run in a process that is confined.
+func needConfined(t *testing.T) (in func(name string) string) {
+	t.Helper()
+	if _, err := vmm.Probe(); errors.Is(err, vmm.ErrNoKVM) || errors.Is(err, vmm.ErrPermission) {
+		t.Skip(err)
+	}
+	if !confine.Supported().Seccomp {
+		t.Skip(confine.ErrUnsupported)
+	}
+	dir := t.TempDir()
+	in = func(name string) string { return filepath.Join(dir, name) }
+	id, err := age.GenerateX25519Identity()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(writeIdentity(in("key"), id, id.Recipient()), os.WriteFile(in("image"), chatter, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	return in
 }
 
 // TestPluginUnconfined: a plugin is another program, which a process that is confined could not start when it pauses.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -46,13 +47,15 @@ type keyFlags struct {
 	ask    func(prompt string) (string, error) // nil: on the terminal
 	stderr func() io.Writer                    // nil: os.Stderr
 
+	context func() context.Context // of the command; nil: none
+
 	// What was read and asked for: nobody is asked twice.
 	opened    []age.Identity
 	encrypted []age.Recipient
 }
 
 func (k *keyFlags) addIdentity(cmd *cobra.Command) {
-	k.stderr = cmd.ErrOrStderr
+	k.stderr, k.context = cmd.ErrOrStderr, cmd.Context
 	cmd.Flags().StringArrayVarP(&k.identityFiles, "identity", "i", nil,
 		"file of age identities, perhaps encrypted with a passphrase, or SSH private key; may be repeated\n(default $"+identityEnv+
 			", else cryovisor/identity.txt in your configuration directory)")
@@ -61,7 +64,7 @@ func (k *keyFlags) addIdentity(cmd *cobra.Command) {
 }
 
 func (k *keyFlags) addRecipients(cmd *cobra.Command, otherwise string) {
-	k.stderr = cmd.ErrOrStderr
+	k.stderr, k.context = cmd.ErrOrStderr, cmd.Context
 	cmd.Flags().StringArrayVarP(&k.recipients, "recipient", "r", nil,
 		"age recipient to encrypt to (age1..., of a plugin too, or an SSH public key); may be repeated"+otherwise)
 	cmd.Flags().StringArrayVarP(&k.recipientFiles, "recipients-file", "R", nil,
@@ -136,7 +139,7 @@ func (k *keyFlags) askFor(prompt string) (string, error) {
 	if k.ask != nil {
 		return k.ask(prompt)
 	}
-	return askTerminal(prompt)
+	return k.askTerminal(prompt)
 }
 
 // say tells the user something, on a line of its own.
@@ -149,7 +152,15 @@ func (k *keyFlags) say(format string, args ...any) {
 }
 
 // pluginUI is how plugins talk to the user.
-func (k *keyFlags) pluginUI() *plugin.ClientUI { return plugin.NewTerminalUI(k.say, k.say) }
+func (k *keyFlags) pluginUI() *plugin.ClientUI { return k.questioner().pluginUI(k.say) }
+
+// questioner asks as long as the command is not to end.
+func (k *keyFlags) questioner() questioner {
+	if k.context == nil {
+		return questioner{context.Background()}
+	}
+	return questioner{k.context()}
+}
 
 // encryptTo returns the recipients named by flags, or those of the identity files.
 func (k *keyFlags) encryptTo() ([]age.Recipient, error) {

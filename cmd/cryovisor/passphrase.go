@@ -3,13 +3,9 @@ package main
 import (
 	"errors"
 	"fmt"
-	"io"
-	"os"
-	"runtime"
 	"strings"
 
 	"filippo.io/age"
-	"golang.org/x/term"
 )
 
 var errWrongPassphrase = errors.New("the passphrase is wrong")
@@ -63,45 +59,11 @@ func readPassphrase(path string) (string, error) {
 	return s, nil
 }
 
-// askTerminal asks for a secret, and does not show what is typed. Standard input and output may be anything.
-func askTerminal(prompt string) (string, error) {
-	in, out, err := openTerminal()
-	if err != nil {
-		return "", fmt.Errorf("there is no terminal to ask for a passphrase (%w); name a file with --passphrase-file or --new-passphrase-file", err)
-	}
-	defer out.Close()
-	defer in.Close()
-	// Raw, so that Ctrl-C arrives here and the terminal is left as it was.
-	was, err := term.MakeRaw(int(in.Fd()))
-	if err != nil {
-		return "", err
-	}
-	defer term.Restore(int(in.Fd()), was) //nolint:errcheck // nothing can be done about it
-	s, err := term.NewTerminal(terminal{in, out}, "").ReadPassword(prompt)
-	if errors.Is(err, io.EOF) { // Ctrl-C, Ctrl-D
-		fmt.Fprint(out, "\r\n")
-		return "", errors.New("given up at the question for a passphrase")
+// askTerminal asks for a passphrase.
+func (k *keyFlags) askTerminal(prompt string) (string, error) {
+	s, err := k.questioner().secret(prompt)
+	if err != nil && !errors.Is(err, errNotAnswered) {
+		err = fmt.Errorf("there is no terminal to ask for a passphrase (%w); name a file with --passphrase-file or --new-passphrase-file", err)
 	}
 	return s, err
-}
-
-type terminal struct {
-	io.Reader
-	io.Writer
-}
-
-// openTerminal opens what the user sits at. It is two files on Windows.
-func openTerminal() (in, out *os.File, err error) {
-	from, to := "/dev/tty", "/dev/tty"
-	if runtime.GOOS == "windows" {
-		from, to = "CONIN$", "CONOUT$"
-	}
-	if in, err = os.OpenFile(from, os.O_RDWR, 0); err != nil {
-		return nil, nil, err
-	}
-	if out, err = os.OpenFile(to, os.O_RDWR, 0); err != nil {
-		in.Close()
-		return nil, nil, err
-	}
-	return in, out, nil
 }

@@ -113,7 +113,7 @@ func serve(cmd *cobra.Command, f serveFlags) (err error) {
 	if err := ensureAPIKey(cmd, f, keys); err != nil {
 		return err
 	}
-	if err := confineServer(ctx, f, manager, log); err != nil {
+	if err := confineServer(ctx, f, manager, keys, log); err != nil {
 		return err
 	}
 	if err := server.EnsureBase(ctx, manager); err != nil { // runs a guest
@@ -127,13 +127,21 @@ func serve(cmd *cobra.Command, f serveFlags) (err error) {
 	return serveUntil(ctx, cmd, f, listener, certificate, handler, log)
 }
 
-// confineServer leaves the server its data directory, and what the disks of its sandboxes lie on.
-func confineServer(ctx context.Context, f serveFlags, manager *lifecycle.Manager, log *slog.Logger) error {
+// confineServer leaves the server its data directory, but for the master key, and what the disks of its sandboxes lie on.
+func confineServer(ctx context.Context, f serveFlags, manager *lifecycle.Manager, keys *server.Keys, log *slog.Logger) error {
 	images, err := manager.Images(ctx)
 	if err != nil {
 		log.Warn("some images are not known: what lies on them can't be resumed", "error", err)
 	}
-	rules := confine.Rules{ReadWrite: []string{f.data}}
+	mine, err := managerFiles(f.data, manager)
+	if err != nil {
+		return err
+	}
+	theirs, err := keys.Files()
+	if err != nil {
+		return err
+	}
+	rules := confine.Rules{ReadWrite: append(mine, theirs...)}
 	for _, image := range images {
 		if _, err := os.Stat(image); err != nil {
 			log.Warn("an image is not there: what lies on it can't be resumed until the server is started again", "error", err)

@@ -20,7 +20,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cryovisor/cryovisor/confine"
 	"github.com/cryovisor/cryovisor/server"
+	"github.com/cryovisor/cryovisor/vmm"
 )
 
 // TestServeTLS speaks HTTPS, at an address that would be refused without.
@@ -72,6 +74,27 @@ func certificate(t *testing.T) (cert, key string, pool *x509.CertPool) {
 	}
 	pool.AddCert(parsed)
 	return cert, key, pool
+}
+
+// TestServedKey: a server that is confined can't reach its master key.
+func TestServedKey(t *testing.T) {
+	if _, err := vmm.Probe(); errors.Is(err, vmm.ErrNoKVM) || errors.Is(err, vmm.ErrPermission) {
+		t.Skip(err)
+	}
+	if level := confine.Supported(); level.Landlock == 0 {
+		t.Skip("this kernel has no Landlock, or it is not turned on")
+	}
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "api-key"), []byte("secret"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 { // in a new directory, and in one that a server has left
+		cmd := process()
+		cmd.Env = append(os.Environ(), servedEnv+"="+dir)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+	}
 }
 
 // TestServeKills ends a server that is to kill what runs: paused sandboxes are there again, others are not.

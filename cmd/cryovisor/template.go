@@ -128,7 +128,7 @@ func createTemplate(cmd *cobra.Command, data, name string, f *templateFlags) err
 		template.Labels = map[string]string{server.LabelVsock: strconv.Itoa(guestCID)}
 	}
 	return withManager(cmd.Context(), data, func(m *lifecycle.Manager) error {
-		if err := f.confineTo(cmd, data, disks.Boot); err != nil {
+		if err := f.confineTo(cmd, data, m, disks.Boot); err != nil {
 			return err
 		}
 		info, err := m.CreateTemplate(cmd.Context(), template)
@@ -143,12 +143,13 @@ func createTemplate(cmd *cobra.Command, data, name string, f *templateFlags) err
 	})
 }
 
-// confineTo leaves this process the data directory and the disks.
-func (f *templateFlags) confineTo(cmd *cobra.Command, data string, disks []lifecycle.Disk) error {
-	if err := os.MkdirAll(filepath.Join(data, "run"), 0o700); err != nil {
+// confineTo leaves this process the data directory, but for the master key, and the disks.
+func (f *templateFlags) confineTo(cmd *cobra.Command, data string, m *lifecycle.Manager, disks []lifecycle.Disk) error {
+	files, err := managerFiles(data, m)
+	if err != nil {
 		return err
 	}
-	rules := confine.Rules{ReadWrite: []string{data}}
+	rules := confine.Rules{ReadWrite: files}
 	if err := allowDisks(&rules, disks); err != nil {
 		return err
 	}

@@ -59,7 +59,10 @@ type Template struct {
 }
 
 // Catalog is an open database.
-type Catalog struct{ db *sql.DB }
+type Catalog struct {
+	db   *sql.DB
+	path string
+}
 
 // schema makes the tables. secrets has the sealed key of each sandbox and template, apart from the rest, so that it can be deleted and
 // sealed anew alone. STRICT has SQLite refuse values of another type.
@@ -105,7 +108,7 @@ func open(path string) (*Catalog, error) {
 		return nil, err
 	}
 	db.SetMaxOpenConns(1) // so writers wait here, not in SQLite
-	c := &Catalog{db: db}
+	c := &Catalog{db, path}
 	if err := c.prepare(); err != nil {
 		return nil, errors.Join(err, db.Close())
 	}
@@ -134,6 +137,9 @@ func (c *Catalog) prepare() error {
 	}
 	return tx.Commit()
 }
+
+// Files are the files of a catalog, which are there as long as it is open: a process that has them needs nothing else in their directory.
+func (c *Catalog) Files() []string { return []string{c.path, c.path + "-wal", c.path + "-shm"} }
 
 // Close closes the database.
 func (c *Catalog) Close() error { return c.db.Close() }

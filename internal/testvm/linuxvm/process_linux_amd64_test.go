@@ -7,15 +7,19 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"testing"
 
 	"filippo.io/age"
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
+	"github.com/cryovisor/cryovisor/confine"
+	"github.com/cryovisor/cryovisor/internal/testvm/kvmlab"
 	"github.com/cryovisor/cryovisor/lifecycle"
 	"github.com/cryovisor/cryovisor/snapshot"
 	"github.com/cryovisor/cryovisor/vmm"
@@ -182,7 +186,7 @@ func (j *job) machine(store *snapshot.Store, identity age.Identity) (*lifecycle.
 		if err != nil {
 			return nil, err
 		}
-		return m, m.VM.Resume()
+		return m, j.confined(m.VM.Resume)
 	}
 	lab, err := openLab(j.Dir)
 	if err != nil {
@@ -197,7 +201,30 @@ func (j *job) machine(store *snapshot.Store, identity age.Identity) (*lifecycle.
 	if err != nil {
 		return nil, err
 	}
-	return m, m.VM.Start()
+	return m, j.confined(m.VM.Start)
+}
+
+// confined sets a machine going in a process that keeps what the command keeps. So every guest of these tests that has a process of
+// its own runs confined, in the lab by the kernel that it has, and elsewhere if the host can do that.
+func (j *job) confined(run func() error) error {
+	rules := confine.Rules{ReadWrite: []string{j.Store}, Remove: []string{j.DiskDir}}
+	if j.Vsock != "" {
+		rules.Sockets = []string{filepath.Dir(j.Vsock)}
+	}
+	level, err := confine.Apply(rules)
+	if errors.Is(err, confine.ErrUnsupported) && !kvmlab.Inside() {
+		return run()
+	}
+	if err != nil {
+		return err
+	}
+	if level.Landlock == 0 && kvmlab.Inside() {
+		return errors.New("the lab's kernel has no Landlock")
+	}
+	if _, err := os.ReadDir("/"); level.Landlock > 0 && !errors.Is(err, fs.ErrPermission) {
+		return fmt.Errorf("a confined process lists the root directory, with the result %s", fmt.Sprint(err))
+	}
+	return run()
 }
 
 // disks says what the machine's disk is on.

@@ -14,11 +14,15 @@ import (
 
 	"go.uber.org/goleak"
 
+	"github.com/cryovisor/cryovisor/confine/confinetest"
 	"github.com/cryovisor/cryovisor/internal/virtio"
 	"github.com/cryovisor/cryovisor/internal/virtio/virtiotest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	confinetest.Main()
+	goleak.VerifyTestMain(m)
+}
 
 const testCID = 42
 
