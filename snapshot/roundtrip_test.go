@@ -60,7 +60,7 @@ func diskBytes(t *testing.T, files []string) uint64 {
 	return n
 }
 
-// TestDiffChain makes ten generations of diffs, with ranges that overlap those
+// TestDiffChain makes generations of diffs, with ranges that overlap those
 // before at random and with pages that become zero. Each is checked at once, and
 // again after its ancestors are deleted from the store.
 func TestDiffChain(t *testing.T) {
@@ -68,7 +68,11 @@ func TestDiffChain(t *testing.T) {
 	var parent *Reader
 	var readers []*Reader
 	var states []*guest
-	for range 11 {
+	generations := 11
+	if testing.Short() {
+		generations = 5
+	}
+	for range generations {
 		dirty := randomRanges(rnd, g.size)
 		if parent == nil {
 			dirty = g.layout()
