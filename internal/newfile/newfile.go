@@ -16,17 +16,27 @@ func Create(path string, fill func(f *os.File) error) error {
 	if err := absent(path); err != nil { // only to fail early: name finds out for good
 		return err
 	}
-	return write(path, fill, name)
+	if err := write(path, fill, name); err != nil {
+		return err
+	}
+	if err := syncDir(filepath.Dir(path)); err != nil {
+		return errors.Join(err, os.Remove(path))
+	}
+	return nil
 }
 
-// Replace is Create for a name that may be taken: what has it loses it in the same instant.
+// Replace is Create for a name that may be taken: what has it loses it in the same instant. After an error the file that had it is there, or
+// the new one is, complete, if only the name could not be made durable.
 func Replace(path string, fill func(f *os.File) error) error {
-	return write(path, fill, os.Rename)
+	if err := write(path, fill, os.Rename); err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(path))
 }
 
+// write makes a file under another name, and then names it.
 func write(path string, fill func(f *os.File) error, name func(temp, path string) error) (err error) {
-	dir := filepath.Dir(path)
-	f, err := os.CreateTemp(dir, ".tmp-") // 0600
+	f, err := os.CreateTemp(filepath.Dir(path), ".tmp-") // 0600
 	if err != nil {
 		return err
 	}
@@ -42,13 +52,7 @@ func write(path string, fill func(f *os.File) error, name func(temp, path string
 	if err = errors.Join(err, f.Close()); err != nil { // Windows renames only what is closed
 		return err
 	}
-	if err := name(f.Name(), path); err != nil {
-		return err
-	}
-	if err := syncDir(dir); err != nil {
-		return errors.Join(err, os.Remove(path))
-	}
-	return nil
+	return name(f.Name(), path)
 }
 
 // absent returns an error unless nothing has a name.
