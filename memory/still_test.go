@@ -556,6 +556,42 @@ func TestProtectInTurn(t *testing.T) {
 	}
 }
 
+// Writes go on while a Still is closed: those that find a page protected and those that let one go at the same time. Nothing of the Still is
+// gone while somebody still uses it.
+func TestCloseBesideWrites(t *testing.T) {
+	for kind, make := range stillKinds {
+		t.Run(kind, func(t *testing.T) {
+			const written = 4 * mib
+			m := make(t, newOracle(newRand(t), 8*mib, memory.Range{Len: 8 * mib}))
+			fill(t, m, written)
+			for range 100 {
+				s := protect(t, m, nil)
+				if err := s.Freeze([]memory.Range{{Len: written}}); err != nil {
+					t.Fatal(err)
+				}
+				var writing sync.WaitGroup
+				for w := range 3 {
+					writing.Go(func() {
+						for gpa := int64(w * page); gpa < written; gpa += 64 * page {
+							if _, err := m.WriteAt([]byte{1}, gpa); err != nil {
+								t.Error(err)
+								return
+							}
+						}
+					})
+				}
+				if err := s.Close(); err != nil {
+					t.Error(err)
+				}
+				writing.Wait()
+				if err := m.Err(); err != nil {
+					t.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
 func TestStillErrors(t *testing.T) {
 	m := mapImage(t, newImage(t, newOracle(newRand(t), 5*gib, memory.Range{Len: mib})), memory.MapOptions{})
 	fill(t, m, 16*page)
