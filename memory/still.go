@@ -139,19 +139,14 @@ func (s *Still) listen() error {
 	return nil
 }
 
-// hangUp undoes listen, where that can be done, and waits for the handlers. They use m.mu.
+// hangUp undoes listen, where that can be done.
 func (s *Still) hangUp() error {
-	err := s.silence()
-	s.pagers.Wait()
-	return err
-}
-
-// silence is hangUp without waiting.
-func (s *Still) silence() error {
 	if s.m.lazy != nil {
 		return nil
 	}
-	return s.fd.Close()
+	err := s.fd.Close()
+	s.pagers.Wait()
+	return err
 }
 
 // protect protects what is private of expected.
@@ -363,14 +358,10 @@ func (s *Still) close() error {
 		m.fail(err) // and the Still remains m's, so that WriteAt knows of the pages
 		return err
 	}
-	// With the lock, so that nobody who found a page protected is about to use the descriptor; and before there can be another Still,
-	// which registers the same memory, as only one descriptor can have it.
 	m.mu.Lock()
-	err = s.silence()
 	m.still = nil
 	m.mu.Unlock()
-	s.pagers.Wait()
-	return err
+	return s.hangUp()
 }
 
 // giveUp makes the Still useless: when it returns, nobody reads memory for it, or

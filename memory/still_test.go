@@ -524,38 +524,6 @@ func TestProtectAlone(t *testing.T) {
 	}
 }
 
-// Of those who want a Still at the same time one gets it, and the others hear that there is one: also while it is being closed.
-func TestProtectInTurn(t *testing.T) {
-	for kind, make := range stillKinds {
-		t.Run(kind, func(t *testing.T) {
-			m := make(t, newOracle(newRand(t), 4*mib, memory.Range{Len: mib}))
-			fill(t, m, 4*page)
-			protect(t, m, nil).Close() // or skip
-			var wg sync.WaitGroup
-			for range 3 {
-				wg.Go(func() {
-					for got := 0; got < 300; {
-						s, err := m.Protect(context.Background(), nil)
-						if errors.Is(err, memory.ErrFrozen) {
-							runtime.Gosched()
-							continue
-						}
-						if err == nil {
-							got++
-							err = s.Close()
-						}
-						if err != nil {
-							t.Error(err)
-							return
-						}
-					}
-				})
-			}
-			wg.Wait()
-		})
-	}
-}
-
 // Writes go on while a Still is closed: those that find a page protected and those that let one go at the same time. Nothing of the Still is
 // gone while somebody still uses it.
 func TestCloseBesideWrites(t *testing.T) {
