@@ -241,19 +241,10 @@ func TestGuestEndsUnnoted(t *testing.T) {
 	s := m.create(t, lifecycle.CreateOptions{Template: "worker", Timeout: time.Hour})
 	pause(t, s)
 	connect(t, s)
-	db, err := sql.Open("sqlite", filepath.Join(m.dir, "catalog.db"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer db.Close()
-	if _, err := db.Exec("ALTER TABLE sandboxes RENAME TO away"); err != nil {
-		t.Fatal(err)
-	}
+	mend := m.failCatalog(t)
 	(*device).PowerOff()
 	eventually(t, "it is tried", func() bool { return lifecycle.Failures(m.Manager, s.ID()) == 1 })
-	if _, err := db.Exec("ALTER TABLE away RENAME TO sandboxes"); err != nil {
-		t.Fatal(err)
-	}
+	mend()
 	m.clock.advance(2 * time.Second)
 	e := waitEvent(t, events, func(e lifecycle.Event) bool { return e.Reason == lifecycle.ReasonEnded })
 	if e.Sandbox.State != lifecycle.StatePaused || e.Sandbox.LastError == "" {
@@ -330,6 +321,27 @@ func TestRotateKeys(t *testing.T) {
 	wantState(t, mustSandbox(t, m, a.ID()), lifecycle.StatePaused)
 }
 
+// failCatalog takes the catalog's table of sandboxes away, until mend is called.
+func (m *managed) failCatalog(t *testing.T) (mend func()) {
+	t.Helper()
+	db, err := sql.Open("sqlite", filepath.Join(m.dir, "catalog.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { db.Close() })
+	rename := func(from, to string) {
+		t.Helper()
+		if _, err := db.Exec("ALTER TABLE " + from + " RENAME TO " + to); err != nil {
+			t.Fatal(err)
+		}
+	}
+	rename("sandboxes", "away")
+	return func() {
+		t.Helper()
+		rename("away", "sandboxes")
+	}
+}
+
 // TestCatalogFails takes the catalog's table away: what can't be recorded does not happen, and what runs runs on.
 func TestCatalogFails(t *testing.T) {
 	m := newManager(t, lifecycle.ManagerOptions{})
@@ -340,18 +352,7 @@ func TestCatalogFails(t *testing.T) {
 	m.mark(t, paused, 2)
 	pause(t, paused)
 	files := m.stored(t)
-	db, err := sql.Open("sqlite", filepath.Join(m.dir, "catalog.db"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer db.Close()
-	rename := func(from, to string) {
-		t.Helper()
-		if _, err := db.Exec("ALTER TABLE " + from + " RENAME TO " + to); err != nil {
-			t.Fatal(err)
-		}
-	}
-	rename("sandboxes", "away")
+	mend := m.failCatalog(t)
 	for what, do := range map[string]func() error{
 		"create":  func() error { _, err := m.Create(t.Context(), lifecycle.CreateOptions{Template: "ticker"}); return err },
 		"pause":   func() error { _, err := s.Pause(t.Context()); return err },
@@ -364,7 +365,7 @@ func TestCatalogFails(t *testing.T) {
 	}
 	m.alive(t, s)
 	wantState(t, paused, lifecycle.StatePaused)
-	rename("away", "sandboxes")
+	mend()
 	// The snapshot of the pause that failed is left if it was not certain that the record does not name it; the next opening collects it.
 	if left := m.stored(t); len(left) < len(files) {
 		t.Errorf("there is less than before: %v, before %v", left, files)

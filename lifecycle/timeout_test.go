@@ -3,10 +3,8 @@
 package lifecycle_test
 
 import (
-	"database/sql"
 	"errors"
 	"fmt"
-	"path/filepath"
 	"runtime"
 	"testing"
 	"time"
@@ -239,14 +237,7 @@ func TestRetentionFails(t *testing.T) {
 	defer cancel()
 	s := m.create(t, lifecycle.CreateOptions{})
 	pause(t, s)
-	db, err := sql.Open("sqlite", filepath.Join(m.dir, "catalog.db"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer db.Close()
-	if _, err := db.Exec("ALTER TABLE sandboxes RENAME TO away"); err != nil {
-		t.Fatal(err)
-	}
+	mend := m.failCatalog(t)
 	m.clock.advance(lifecycle.DefaultRetention)
 	for tries := 1; tries < 4; tries++ {
 		eventually(t, "it is tried", func() bool { return lifecycle.Failures(m.Manager, s.ID()) == tries })
@@ -258,9 +249,7 @@ func TestRetentionFails(t *testing.T) {
 		}
 		m.clock.advance(time.Second << tries) // 2 s after the first time, 4 s after the second
 	}
-	if _, err := db.Exec("ALTER TABLE away RENAME TO sandboxes"); err != nil {
-		t.Fatal(err)
-	}
+	mend()
 	m.clock.advance(time.Minute)
 	if e := waitEvent(t, events, stateIs(lifecycle.StateKilled)); e.Reason != lifecycle.ReasonExpired || e.Sandbox.ID != s.ID() {
 		t.Errorf("event %+v", e)
